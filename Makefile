@@ -1,0 +1,73 @@
+# The commands of a checkout. `make run` and `make test` do all the set-up themselves, once.
+#
+#   make run       install, export the small model, build it for this machine, paint picture.png
+#   make test      the whole test suite
+#   make check     formatting, lint, types and layering, exactly as CI runs them
+#   make format    let ruff rewrite what it can
+#   make clean     remove everything that the commands above made, but for the picture
+#
+# PYTHON       the Python that makes the environment, 3.11 or newer.
+# TORCH_INDEX  where pip finds torch. The default index may offer only builds with CUDA, gigabytes that nothing
+#              here needs: name an index of CPU builds then (pytorch.org lists them under "Get started").
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PROMPT ?= a red circle above a blue square on a white background
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+LAYERS := bundle export engine runtime $(wildcard serve) cli benchmarks models
+TYPES := build/types
+CHECKPOINT := models/shapes/checkpoint
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format clean
+
+help:
+	@sed -n '3,7s/^# *//p' Makefile
+
+run: $(VENV)/.run build/shapes/bundle.json
+	$(BIN)/allaprima build build/shapes
+	$(BIN)/allaprima generate build/shapes "$(PROMPT)" --seed 7 -o picture.png
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev $(TYPES)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	MYPYPATH=$(TYPES) $(BIN)/mypy -p allaprima
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build allaprima.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+build/shapes/bundle.json: $(VENV)/.run $(shell find $(CHECKPOINT) -type f 2>/dev/null)
+	$(BIN)/allaprima export $(CHECKPOINT) build/shapes --name shapes --force
+
+# torch comes first and by itself, so that nothing else can pull another build of it.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[export,openvino,ort]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) --editable '.[export,openvino,ort,dev]'
+	@touch $@
+
+# mypy does not see an editable install; it sees the namespace as a folder of links to the layers.
+$(TYPES): Makefile
+	mkdir -p $@/allaprima
+	for layer in $(LAYERS); do ln -sfn ../../../$$layer $@/allaprima/$$layer; done
+	@touch $@

@@ -1,0 +1,1 @@
+"""Figures about speed and memory, each with the command that makes it again."""

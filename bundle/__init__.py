@@ -1,0 +1,77 @@
+"""The contract between export, build and run: manifest, files on disk, errors. Standard library only."""
+
+from allaprima.bundle.engines import (
+    Engine,
+    EngineKey,
+    cache_folder,
+    engine_key,
+    engines,
+    find_engine,
+    read_engine,
+    seal_engine,
+    writing_engine,
+)
+from allaprima.bundle.errors import (
+    AllaprimaError,
+    BackendError,
+    BuildError,
+    BundleError,
+    ExportError,
+    RequestError,
+)
+from allaprima.bundle.manifest import (
+    SCHEMA,
+    Component,
+    Defaults,
+    FileEntry,
+    Latent,
+    Manifest,
+    Parity,
+    TensorSpec,
+    TokenizerSpec,
+)
+from allaprima.bundle.store import (
+    Bundle,
+    BundleWriter,
+    builtin_bundle,
+    builtin_names,
+    hash_file,
+    open_bundle,
+    resolve,
+)
+from allaprima.bundle.version import VERSION
+
+__all__ = [
+    "SCHEMA",
+    "VERSION",
+    "AllaprimaError",
+    "BackendError",
+    "BuildError",
+    "Bundle",
+    "BundleError",
+    "BundleWriter",
+    "Component",
+    "Defaults",
+    "Engine",
+    "EngineKey",
+    "ExportError",
+    "FileEntry",
+    "Latent",
+    "Manifest",
+    "Parity",
+    "RequestError",
+    "TensorSpec",
+    "TokenizerSpec",
+    "builtin_bundle",
+    "builtin_names",
+    "cache_folder",
+    "engine_key",
+    "engines",
+    "find_engine",
+    "hash_file",
+    "open_bundle",
+    "read_engine",
+    "resolve",
+    "seal_engine",
+    "writing_engine",
+]

@@ -1,0 +1,168 @@
+"""Compiled engines on disk: what identifies one, where it lies, and when it may be loaded.
+
+An engine is a folder `<cache>/<backend>-<component>-<digest>` with its files and `engine.json`, which is written
+last and says everything in words. It appears by a rename, so what a killed build leaves is never taken for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from allaprima.bundle.errors import BuildError, BundleError
+from allaprima.bundle.manifest import FileEntry
+from allaprima.bundle.record import Record
+from allaprima.bundle.store import Bundle, hash_file
+from allaprima.bundle.version import VERSION
+
+SIDECAR = "engine.json"
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class EngineKey(Record):
+    """Everything that can change an engine. Two engines with the same key are interchangeable.
+
+    `graph` holds the sha256 of every file of the component, `device` the processor in the backend's own words.
+    """
+
+    component: str
+    graph: Mapping[str, str]
+    backend: str
+    backend_version: str
+    device: str
+    precision: str
+    allaprima: str
+
+    @property
+    def folder(self) -> str:
+        """Name of the engine's folder in the cache."""
+        text = json.dumps(self.to_json(), sort_keys=True).encode()
+        return f"{self.backend}-{self.component}-{hashlib.sha256(text).hexdigest()[:24]}"
+
+
+@dataclass(frozen=True)
+class Engine(Record):
+    """The sidecar of an engine.
+
+    `error` is the root mean square difference of its outputs from the same graph in float32, over the standard
+    deviation of the latter, measured on random inputs when it was built.
+    """
+
+    key: EngineKey
+    bundle: str
+    main: str
+    files: Mapping[str, FileEntry]
+    build_seconds: float
+    error: float
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, without the sidecar."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def cache_folder() -> Path:
+    """Where engines are kept: $ALLAPRIMA_CACHE, else `allaprima/engines` in the user's cache folder."""
+    if chosen := os.environ.get("ALLAPRIMA_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "allaprima" / "engines"
+
+
+def engine_key(
+    bundle: Bundle, component: str, *, backend: str, backend_version: str, device: str, precision: str
+) -> EngineKey:
+    """The key of one component's engine for one backend on one device."""
+    graph = bundle.component(component).graph
+    inside = graph.rpartition("/")[0] + "/"
+    files = {path: entry.sha256 for path, entry in bundle.manifest.files.items() if path.startswith(inside)}
+    return EngineKey(component, files, backend, backend_version, device, precision, VERSION)
+
+
+def find_engine(key: EngineKey, cache: Path | None = None) -> Path | None:
+    """The main file of the engine with this key, or None if there is none that is whole.
+
+    Sizes and hashes of all its files are checked: an engine is code.
+    """
+    folder = (cache or cache_folder()) / key.folder
+    try:
+        engine = read_engine(folder)
+        whole = engine.key == key and all(
+            (folder / name).stat().st_size == entry.size and hash_file(folder / name) == entry.sha256
+            for name, entry in engine.files.items()
+        )
+    except (BundleError, OSError):
+        return None
+    return folder / engine.main if whole else None
+
+
+def read_engine(folder: Path) -> Engine:
+    """The sidecar of an engine's folder; BundleError if there is none or it cannot be read."""
+    try:
+        engine = Engine.from_json(json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as cause:
+        raise BundleError(f"{folder} is not a finished engine: {cause}") from cause
+    if engine.main not in engine.files or any(Path(name).name != name for name in engine.files):
+        raise BundleError(f"{folder} is not a finished engine: its files are not plain names beside {SIDECAR}")
+    return engine
+
+
+def engines(cache: Path | None = None) -> Iterator[tuple[Path, Engine | None]]:
+    """Every folder in the cache with its sidecar, None where it is unfinished or damaged; ordered by name."""
+    root = cache or cache_folder()
+    for folder in sorted(root.iterdir() if root.is_dir() else ()):
+        if not folder.is_dir():
+            continue
+        try:
+            yield folder, read_engine(folder)
+        except BundleError:
+            yield folder, None
+
+
+@contextmanager
+def writing_engine(key: EngineKey, cache: Path | None = None) -> Iterator[Path]:
+    """A private folder to build in; `seal_engine` makes it an engine, leaving without that removes it.
+
+    Raises BuildError if the cache cannot be written.
+    """
+    root = cache or cache_folder()
+    folder = root / f".{key.folder}.{os.getpid()}{_PARTIAL}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except OSError as cause:
+        raise BuildError(
+            f"the engine cache {root} cannot be written ({cause.strerror}): set ALLAPRIMA_CACHE to another folder"
+        ) from cause
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def seal_engine(folder: Path, key: EngineKey, *, bundle: str, main: str, seconds: float, error: float) -> Engine:
+    """Hash what lies in `folder`, write the sidecar, and move it to its place in the cache.
+
+    Raises BuildError if the disk refuses.
+    """
+    try:
+        files = {path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())}
+        engine = Engine(key, bundle, main, files, seconds, error)
+        (folder / SIDECAR).write_text(json.dumps(engine.to_json(), indent=2) + "\n", encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(0o600)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        target = folder.with_name(key.folder)
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    except OSError as cause:
+        raise BuildError(f"the engine {folder} cannot be written: {cause.strerror}") from cause
+    return engine

@@ -1,0 +1,179 @@
+"""The manifest, `bundle.json`: everything that the later stages know about a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Self
+
+from allaprima.bundle.errors import BundleError
+from allaprima.bundle.record import Record
+
+SCHEMA = 1
+"""The schema that this version writes, and the newest that it reads."""
+
+
+@dataclass(frozen=True)
+class TensorSpec(Record):
+    """One input or output of a graph.
+
+    `dtype` is NumPy's name ("float32", "int64", "uint8"); a string in `shape` is a symbolic axis ("B", "G*B",
+    "8*h").
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def resolve(self, extents: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with every symbolic axis ("H", "8*H", "G*B") replaced by the product of its parts."""
+        return tuple(
+            axis
+            if isinstance(axis, int)
+            else math.prod(int(part) if part.isdigit() else extents[part] for part in axis.split("*"))
+            for axis in self.shape
+        )
+
+
+@dataclass(frozen=True)
+class Parity(Record):
+    """The error of a graph against the torch module, measured at export with random inputs of these shapes.
+
+    `max_abs` is the largest absolute difference over all outputs, `relative` is that over the reference's
+    standard deviation.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    max_abs: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Component(Record):
+    """One ONNX graph.
+
+    `graph` is its path in the bundle, `precision` that of its weights: "fp32", "fp16" or "bf16".
+    """
+
+    graph: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: tuple[Parity, ...]
+
+
+@dataclass(frozen=True)
+class Latent(Record):
+    """The latent space.
+
+    A picture of height x width pixels is a sample of shape [channels, height / downscale, width / downscale];
+    both must be multiples of `multiple` pixels.
+    """
+
+    channels: int
+    downscale: int
+    multiple: int
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.downscale, self.multiple) < 1 or self.multiple % self.downscale:
+            raise ValueError(f"{self} is not a latent space: positive, and multiple divisible by downscale")
+
+
+@dataclass(frozen=True)
+class Defaults(Record):
+    """What a request gets that does not say otherwise; sizes in pixels."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width, self.num_inference_steps) < 1 or not math.isfinite(
+            self.guidance_scale
+        ):
+            raise ValueError(f"{self} are not usable defaults: sizes and steps are at least 1")
+
+
+@dataclass(frozen=True)
+class TokenizerSpec(Record):
+    """`file` is a tokenizer.json of the `tokenizers` library.
+
+    A prompt becomes `length` ids: `bos`, the text, `eos`, then as many `pad` as it takes.
+    """
+
+    file: str
+    length: int
+    bos: int
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class FileEntry(Record):
+    """Size in bytes and lower-case hexadecimal sha256 of one file."""
+
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise ValueError(f"size {self.size} and sha256 '{self.sha256}' do not describe a file")
+
+
+@dataclass(frozen=True)
+class Manifest(Record):
+    """The whole contract between export, build and run.
+
+    `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder.
+    `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the number of earlier
+    predictions that the denoiser takes. `versions` says what wrote the bundle. `files` lists every file but
+    bundle.json, by its path with `/`; a `BundleWriter` fills it in.
+    """
+
+    schema: int
+    name: str
+    family: str
+    precision: str
+    components: Mapping[str, Component]
+    tokenizer: TokenizerSpec
+    scheduler: Mapping[str, Any]
+    latent: Latent
+    defaults: Defaults
+    history: int
+    versions: Mapping[str, str]
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.history < 0:
+            raise ValueError(f"history is {self.history}: it cannot be negative")
+        for path in (*self.files, *self.required()):
+            check_relative(path)
+
+    @classmethod
+    def from_json(cls, value: object, path: str = "") -> Self:
+        """As `Record.from_json`; a newer schema is refused before its fields are looked at."""
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if type(schema) is int and schema > SCHEMA:
+            raise BundleError(f"written by a newer allaprima, schema {schema} > {SCHEMA}: upgrade allaprima")
+        if type(schema) is int and schema < 1:
+            raise BundleError(f"field 'schema' is {schema}: the first schema was 1")
+        return super().from_json(value, path)
+
+    def required(self) -> tuple[str, ...]:
+        """The files that the manifest itself refers to: the graphs and the tokenizer."""
+        return (*(component.graph for component in self.components.values()), self.tokenizer.file)
+
+
+def check_relative(path: str) -> str:
+    """`path`, if it names a place inside a bundle on every system; else ValueError.
+
+    Only the spelling counts: a file may be a symbolic link, as caches of model hubs make them, because links
+    are made by whoever owns the disk and paths by whoever wrote the manifest.
+    """
+    parts = path.split("/")
+    if not path or "\\" in path or ":" in path or "\0" in path or {"", ".", ".."} & set(parts):
+        raise ValueError(f"the path '{path}' leaves the bundle or is not a plain relative path")
+    return str(PurePosixPath(path))

@@ -1,0 +1,1 @@
+"""The `allaprima` command: one module for each subcommand, imported when it runs."""

@@ -1,0 +1,62 @@
+"""`allaprima doctor`: what works on this machine, and what to install for the rest."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from allaprima.bundle import VERSION, builtin_names
+from allaprima.cli.machine import Machine, read_machine
+from allaprima.cli.output import add_json, print_json, print_table, show_bytes
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Look, and tell."""
+    from allaprima.runtime import backends
+
+    machine, found, bundles = read_machine(), backends(), builtin_names()
+    if options.json:
+        report = {"allaprima": VERSION, "machine": asdict(machine), "bundles": list(bundles)}
+        print_json({**report, "backends": [asdict(info) for info in found]})
+        return
+    facts = [("allaprima", VERSION), *_facts(machine), ("built-in bundles", ", ".join(bundles) or "none")]
+    print_table(("", ""), facts)
+    print_table(
+        ("backend", "works", "version", "precisions", "what to do"),
+        [
+            (
+                info.name,
+                "yes" if info.available else "no",
+                info.version,
+                ", ".join(info.precisions),
+                "" if info.available else f"{info.remedy}  ({info.reason})",
+            )
+            for info in found
+        ],
+    )
+
+
+def _facts(machine: Machine) -> list[tuple[str, str]]:
+    memory = [
+        f"{show_bytes(size)} {what}"
+        for size, what in ((machine.memory_total, "in all"), (machine.memory_available, "free"))
+        if size is not None
+    ]
+    facts = [
+        ("python", machine.python),
+        *machine.packages.items(),
+        ("system", machine.system),
+        ("cpu", f"{machine.cpu}, {machine.cores} cores"),
+        ("cpu features", ", ".join(machine.features) or "none known"),
+        ("memory", ", ".join(memory) or "unknown"),
+    ]
+    gpus = [
+        f"{gpu.name}, {show_bytes(gpu.memory_total)}, driver {gpu.driver}, sm {gpu.compute_capability}"
+        for gpu in machine.gpus
+    ]
+    return facts + [("gpu", gpu) for gpu in gpus or ["none found by nvidia-smi"]]

@@ -1,0 +1,49 @@
+"""`allaprima export`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from allaprima.bundle import ExportError
+from allaprima.cli.output import add_quiet, progress_bar, show_bytes
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "source", metavar="CHECKPOINT", help="a diffusers folder, or the id of a model on the hub"
+    )
+    parser.add_argument("target", metavar="BUNDLE", help="the folder to write")
+    parser.add_argument(
+        "--precision", choices=("fp16", "fp32", "bf16"), default="fp16", help="of the weights (default: fp16)"
+    )
+    parser.add_argument("--name", help="the bundle's name (default: the checkpoint's)")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    add_quiet(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, and say what came out."""
+    try:
+        from allaprima.export import export_checkpoint
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f'export needs {error.name}, which is not installed: pip install "allaprima[export]"'
+        ) from error
+
+    with progress_bar(quiet=options.quiet) as report:
+        bundle = export_checkpoint(
+            options.source,
+            Path(options.target),
+            precision=options.precision,
+            name=options.name,
+            overwrite=options.force,
+            progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
+        )
+    if not options.quiet:
+        manifest = bundle.manifest
+        size = show_bytes(sum(entry.size for entry in manifest.files.values()))
+        print(
+            f"{options.target}: {manifest.name}, {manifest.precision}, {size} in {len(manifest.files)} files"
+        )

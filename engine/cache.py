@@ -1,0 +1,61 @@
+"""Looking after the engine cache."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from allaprima.bundle import VERSION, Engine, cache_folder, engines
+from allaprima.runtime.backends import BackendInfo, backends
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder of the cache. `stale` says why it will never be loaded here again, "" if it may be."""
+
+    folder: Path
+    engine: Engine | None
+    size: int
+    stale: str
+
+
+def entries(cache: Path | None = None) -> tuple[Entry, ...]:
+    """Everything in the cache, unfinished builds included; sizes in bytes."""
+    installed = {info.name: info for info in backends()}
+    return tuple(
+        Entry(folder, engine, _size(folder), _stale(engine, installed)) for folder, engine in engines(cache)
+    )
+
+
+def prune(cache: Path | None = None) -> tuple[Entry, ...]:
+    """Remove what is stale; what was removed."""
+    removed = tuple(entry for entry in entries(cache) if entry.stale)
+    for entry in removed:
+        shutil.rmtree(entry.folder, ignore_errors=True)
+    return removed
+
+
+def clear(cache: Path | None = None) -> tuple[Entry, ...]:
+    """Remove every engine; what was removed. Files in the folder that are not engines stay."""
+    removed = entries(cache or cache_folder())
+    for entry in removed:
+        shutil.rmtree(entry.folder, ignore_errors=True)
+    return removed
+
+
+def _stale(engine: Engine | None, installed: dict[str, BackendInfo]) -> str:
+    if engine is None:
+        return "unfinished or damaged"
+    info = installed.get(engine.key.backend)
+    if info is None or not info.available:
+        return f"the backend {engine.key.backend} is not installed"
+    if info.version != engine.key.backend_version:
+        return f"built with {info.name} {engine.key.backend_version}, installed is {info.version}"
+    if info.device != engine.key.device:
+        return f"built for another device: {engine.key.device}"
+    return "" if engine.key.allaprima == VERSION else f"built by allaprima {engine.key.allaprima}"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,91 @@
+"""What an engine's own precision and kernels cost: its outputs against the same graph in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allaprima.bundle import BackendError, BuildError, Bundle, Component, TensorSpec
+from allaprima.runtime.backends import backends, open_session
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def measure_error(bundle: Bundle, name: str, engine: Path, backend: str, precision: str) -> float:
+    """Root mean square difference over the reference's standard deviation, the worst of all outputs.
+
+    The inputs are random, one sample with two guidance branches of the smallest pictures that the model takes.
+
+    Raises:
+        BuildError: an output that is not finite.
+    """
+    component, latent = bundle.component(name), bundle.manifest.latent
+    side = latent.multiple // latent.downscale
+    extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side}
+    inputs = draw_inputs(component, extents, _vocabulary(bundle))
+    graph = bundle.path(component.graph)
+    reference = _run(graph, component, backend, _widest(backend, component), None, inputs, extents)
+    outputs = _run(graph, component, backend, precision, engine, inputs, extents)
+    for output, value in outputs.items():
+        if not np.isfinite(value).all():
+            raise BuildError(f"{name}: the engine's output {output} is not finite in {precision}: try fp32")
+    return max(_relative(outputs[output], reference[output]) for output in reference)
+
+
+def draw_inputs(component: Component, extents: Mapping[str, int], vocabulary: int) -> Arrays:
+    """Random inputs: token ids within the vocabulary, timesteps within the schedule, everything else normal."""
+    random = np.random.default_rng(0)
+    return {spec.name: _draw(spec, spec.resolve(extents), vocabulary, random) for spec in component.inputs}
+
+
+def _draw(
+    spec: TensorSpec, shape: tuple[int, ...], vocabulary: int, random: np.random.Generator
+) -> NDArray[Any]:
+    if spec.dtype == "int64":
+        return random.integers(0, vocabulary, shape)
+    if spec.name == "timestep":
+        return random.uniform(0, 999, shape).astype(np.float32)
+    if spec.name == "bounds":
+        return np.full(shape, 3e38, np.float32)
+    return random.standard_normal(shape).astype(spec.dtype)
+
+
+def _run(
+    graph: Path,
+    component: Component,
+    backend: str,
+    precision: str | None,
+    engine: Path | None,
+    inputs: Arrays,
+    extents: Mapping[str, int],
+) -> Arrays:
+    session = open_session(graph, component, backend, precision=precision, engine=engine)
+    try:
+        outputs = {spec.name: np.empty(spec.resolve(extents), spec.dtype) for spec in component.outputs}
+        session.bind({**inputs, **outputs}).run()
+        return outputs
+    finally:
+        session.close()
+
+
+def _widest(backend: str, component: Component) -> str | None:
+    """float32 where the backend can choose its precision, else what the graph was exported in."""
+    info = next(info for info in backends() if info.name == backend)
+    if "fp32" not in info.precisions:
+        raise BackendError(f"{backend} cannot compute in fp32 here, so its engines cannot be verified")
+    return "fp32" if info.converts else component.precision
+
+
+def _vocabulary(bundle: Bundle) -> int:
+    tokenizer = json.loads(bundle.path(bundle.manifest.tokenizer.file).read_text(encoding="utf-8"))
+    return len(tokenizer["model"]["vocab"])
+
+
+def _relative(value: NDArray[Any], wanted: NDArray[Any]) -> float:
+    difference = value.astype(np.float64) - wanted
+    return float(np.sqrt(np.square(difference).mean()) / max(1e-12, wanted.std(dtype=np.float64)))

@@ -1,0 +1,121 @@
+"""Export: from a checkpoint to a bundle, with every graph checked on the way."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest
+from allaprima.export import parity
+from allaprima.export.graph import GraphPlan, write_graph
+from allaprima.export.source import open_checkpoint
+from allaprima.export.stable_diffusion import HISTORY, Family, read_family, write_tokenizer
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an export is: a stage in words, and how many of `total` are done before it."""
+
+    stage: str
+    done: int
+    total: int
+
+
+def export_checkpoint(
+    source: str,
+    target: Path,
+    *,
+    precision: str = "fp16",
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Bundle:
+    """Export a Stable Diffusion 1.x/2.x checkpoint to a bundle.
+
+    Args:
+        source: a diffusers folder, or a hub id.
+        target: the bundle's folder; it appears when everything in it is written and checked, or not at all.
+        precision: of the weights and of the networks' arithmetic, "fp16", "fp32" or "bf16"; graph edges are float32.
+        name: what the bundle calls itself; by default the target's folder name.
+        overwrite: replace an existing bundle.
+        progress: called before each stage.
+
+    Raises:
+        ExportError: the checkpoint cannot be read or expressed, or a graph disagrees with torch.
+        BundleError: the target exists or cannot be written.
+    """
+    if precision not in DTYPES:
+        raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
+    family = read_family(open_checkpoint(source))
+    plans = family.plans(DTYPES[precision])
+    stages = _Stages(progress, 3 * len(plans))
+    with BundleWriter(target, overwrite=overwrite) as writer:
+        write_tokenizer(family.checkpoint, writer.folder / family.tokenizer.file)
+        components = {
+            part: _export_component(make, part, precision, family, writer.folder, stages)
+            for part, make in plans.items()
+        }
+        return writer.commit(_manifest(family, name or Path(target).resolve().name, precision, components))
+
+
+class _Stages:
+    """Counts stages for the progress callback."""
+
+    def __init__(self, progress: Callable[[Progress], None] | None, total: int) -> None:
+        self.progress, self.done, self.total = progress, 0, total
+
+    def enter(self, stage: str) -> None:
+        if self.progress is not None:
+            self.progress(Progress(stage, self.done, self.total))
+        self.done += 1
+
+
+def _export_component(
+    make: Callable[[], GraphPlan], part: str, precision: str, family: Family, folder: Path, stages: _Stages
+) -> Component:
+    stages.enter(f"{part}: load")
+    plan = make()
+    stages.enter(f"{part}: trace")
+    graph = f"{part}/model.onnx"
+    write_graph(plan, folder / graph)
+    gc.collect()
+    stages.enter(f"{part}: check")
+    trials = parity.reference(plan, _extents(family))
+    inputs, outputs = plan.inputs, plan.outputs
+    del plan
+    gc.collect()
+    errors = parity.check(part, folder / graph, precision, trials)
+    return Component(graph, precision, inputs, outputs, errors)
+
+
+def _extents(family: Family) -> list[Mapping[str, int]]:
+    """Two shapes other than the traced one: without guidance and wide, with guidance and tall."""
+    side = family.latent.multiple // family.latent.downscale
+    return [
+        {"B": 1, "G": 1, "H": 2 * side, "W": 3 * side},
+        {"B": 2, "G": 2, "H": 4 * side, "W": side},
+    ]
+
+
+def _manifest(family: Family, name: str, precision: str, components: Mapping[str, Component]) -> Manifest:
+    libraries = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+    return Manifest(
+        schema=SCHEMA,
+        name=name,
+        family="stable-diffusion",
+        precision=precision,
+        components=components,
+        tokenizer=family.tokenizer,
+        scheduler=family.scheduler,
+        latent=family.latent,
+        defaults=family.defaults,
+        history=HISTORY,
+        versions={"allaprima": VERSION, **{library: importlib.metadata.version(library) for library in libraries}},
+    )

@@ -1,0 +1,52 @@
+"""The graphs around the denoiser: text encoder, image decoder and encoder, each ending in what the next stage takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TextEncoder(torch.nn.Module):
+    """CLIP's text transformer: input_ids int64 [B,L] to last_hidden_state float32 [B,L,D]."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """States after the final layer norm. No attention mask: Stable Diffusion attends to the padding too."""
+        states: Tensor = self.model(input_ids).last_hidden_state
+        return states.float()
+
+
+class ImageDecoder(torch.nn.Module):
+    """Latents to pictures: sample float32 [B,C,H,W] to image uint8 [B,height,width,3]."""
+
+    def __init__(self, vae: torch.nn.Module, scaling_factor: float) -> None:
+        super().__init__()
+        self.vae, self.scaling_factor = vae, scaling_factor
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """Undo the latent scaling, decode, and round to 8 bits as the reference does (half to even)."""
+        latents = (sample / self.scaling_factor).to(next(self.vae.parameters()).dtype)
+        decoded = self.vae.decode(latents, return_dict=False)[0].float()  # type: ignore[operator]
+        levels = torch.round((decoded / 2 + 0.5).clamp(0, 1) * 255)
+        return levels.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+class ImageEncoder(torch.nn.Module):
+    """Pictures to the moments of their latents: image float32 [B,3,height,width] in [-1,1] to [B,2C,H,W].
+
+    The first C channels are the mean, the others the log variance, before clamping and latent scaling.
+    """
+
+    def __init__(self, vae: torch.nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode without drawing: the runtime owns the noise."""
+        encoded = self.vae.encoder(image.to(next(self.vae.parameters()).dtype))  # type: ignore[operator]
+        quant = self.vae.quant_conv
+        moments: Tensor = encoded if quant is None else quant(encoded)  # type: ignore[operator]
+        return moments.float()

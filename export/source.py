@@ -1,0 +1,146 @@
+"""Reading a checkpoint: a diffusers folder, or a hub id where there is a network."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allaprima.bundle import ExportError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = (".safetensors",)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened diffusers folder. `index` is its model_index.json."""
+
+    folder: Path
+    index: dict[str, Any]
+
+    @property
+    def pipeline(self) -> str:
+        """The pipeline class that the checkpoint names."""
+        return str(self.index["_class_name"])
+
+    def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
+        """The configuration file of one part, as it is."""
+        return _read_json(self.folder / part / file)
+
+    def load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
+        """The model of one part with its weights in `dtype`, ready to trace.
+
+        Raises:
+            ExportError: a class this exporter does not know, or files that are missing, broken or pickled.
+        """
+        kind = _model_class(part, str(self.index.get(part, [None, None])[1]))
+        _require_safetensors(self.folder / part)
+        try:
+            with _silent():
+                model = kind.from_pretrained(
+                    self.folder / part, use_safetensors=True, local_files_only=True, dtype=dtype
+                )
+        except Exception as cause:
+            raise ExportError(f"{self.folder / part} cannot be loaded as {kind.__name__}: {cause}") from cause
+        module: torch.nn.Module = model.eval().requires_grad_(False)
+        return module
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Open a folder, or download a hub id into the hub's cache.
+
+    Raises:
+        ExportError: no such folder or id, no model_index.json in it, or one that cannot be read.
+    """
+    if not source.strip():
+        raise ExportError("the checkpoint path is empty: name a diffusers folder or a hub id such as owner/model")
+    folder = Path(source).expanduser()
+    if not folder.exists() and _HUB_ID.fullmatch(source):
+        folder = _download(source)
+    if folder.is_file():
+        raise ExportError(f"'{source}' is a file: single-file checkpoints are not supported yet, convert it to a folder")
+    if not folder.is_dir():
+        raise ExportError(f"'{source}' does not exist: name a diffusers folder or a hub id such as owner/model")
+    if not (folder / "model_index.json").is_file():
+        raise ExportError(f"'{source}' is not a diffusers checkpoint: it has no model_index.json")
+    index = _read_json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str):
+        raise ExportError(f"'{folder / 'model_index.json'}' names no pipeline class (_class_name)")
+    return Checkpoint(folder, index)
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*/*.json", "*/*.safetensors", "*/*.txt"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as cause:
+        raise ExportError(
+            f"'{source}' is no folder here and cannot be downloaded as a hub id "
+            f"({type(cause).__name__}): check the spelling and the network"
+        ) from cause
+
+
+def _model_class(part: str, name: str) -> Any:
+    """The class of a part, if it is one of those that the exporter knows."""
+    import diffusers
+    import transformers
+
+    known = {
+        ("text_encoder", "CLIPTextModel"): transformers.CLIPTextModel,
+        ("unet", "UNet2DConditionModel"): diffusers.UNet2DConditionModel,
+        ("vae", "AutoencoderKL"): diffusers.AutoencoderKL,
+    }
+    if (part, name) not in known:
+        wanted = ", ".join(kind for place, kind in known if place == part)
+        raise ExportError(f"the checkpoint's {part} is of class {name}: this exporter knows {wanted}")
+    return known[part, name]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The libraries' own progress bars and advice off: the exporter reports its stages itself."""
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    libraries = (diffusers_log, transformers_log)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+def _require_safetensors(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ExportError(f"the checkpoint has no folder '{folder.name}': it is incomplete")
+    if any(file.suffix in _WEIGHTS for file in folder.iterdir()):
+        return
+    if any(file.suffix in (".bin", ".ckpt", ".pt", ".pth") for file in folder.iterdir()):
+        raise ExportError(f"'{folder}' holds pickled weights, which can run code: convert them to safetensors")
+    raise ExportError(f"'{folder}' holds no safetensors weights: the checkpoint is incomplete")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise ExportError(f"'{path}' cannot be read: {cause.strerror}") from cause
+    except ValueError as cause:
+        raise ExportError(f"'{path}' is not JSON: {cause}") from cause
+    if not isinstance(value, dict):
+        raise ExportError(f"'{path}' is not a JSON object")
+    return value

@@ -1,0 +1,1 @@
+"""`shapes`: a latent diffusion model in the Stable Diffusion layout that paints coloured shapes from captions."""

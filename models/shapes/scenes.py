@@ -1,0 +1,192 @@
+"""Scenes of one or two coloured shapes: drawn at random, rendered with antialiasing, split into training and held out."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (214, 38, 38),
+    "orange": (244, 140, 26),
+    "yellow": (250, 220, 50),
+    "green": (38, 150, 70),
+    "blue": (38, 84, 214),
+    "purple": (128, 48, 176),
+    "pink": (246, 150, 196),
+    "brown": (122, 74, 36),
+    "cyan": (64, 208, 214),
+    "black": (22, 22, 24),
+    "white": (250, 250, 250),
+    "gray": (136, 138, 142),
+}
+COLOURS = tuple(PALETTE)
+KINDS = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
+SIZES = ("small", "medium", "large")
+RELATIONS = ("above", "below", "left of", "right of")
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+PLACES = tuple(
+    " ".join(word for word in (row, column) if word) or "center"
+    for row in ("top", "", "bottom")
+    for column in ("left", "", "right")
+)
+CANVASES = ((128, 128), (192, 128), (128, 192))
+"""Trained picture sizes, (width, height) in pixels."""
+
+# Radius of the enclosing circle over the shorter side of the picture.
+ALONE = {"small": (0.13, 0.17), "medium": (0.20, 0.25), "large": (0.30, 0.37)}
+PAIRED = {"small": (0.115, 0.14), "medium": (0.165, 0.195), "large": (0.215, 0.235)}
+SUPERSAMPLING = 4
+HELD_OUT_SHARE = 16
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape: what, in which colour, how large, and where (centre and radius in pixels)."""
+
+    kind: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows.
+
+    `relation` says where the first thing lies, seen from the second (None: not said);
+    `place` is the named ninth of the picture in which a single thing lies (None: not said).
+    """
+
+    width: int
+    height: int
+    background: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    place: str | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """True for one in sixteen combinations of things and background, which training never sees."""
+        named = sorted(f"{thing.colour} {thing.kind}" for thing in self.things)
+        return zlib.crc32(";".join([*named, self.background]).encode()) % HELD_OUT_SHARE == 0
+
+
+def draw_scene(random: np.random.Generator, width: int = 128, height: int = 128) -> Scene:
+    """A random scene for a canvas of `width` × `height` pixels."""
+    background = "white" if random.random() < 0.4 else str(random.choice(COLOURS))
+    if random.random() < 0.35:
+        place = str(random.choice(PLACES)) if random.random() < 0.5 else None
+        thing = _place_alone(random, _draw_thing(random, background, ALONE, min(width, height)), width, height, place)
+        return Scene(width, height, background, (thing,), place=place)
+    relation = str(random.choice(RELATIONS)) if random.random() < 0.8 else None
+    while True:
+        things = tuple(_draw_thing(random, background, PAIRED, min(width, height)) for _ in range(2))
+        for _ in range(50):
+            first, second = (_place_alone(random, thing, width, height, None) for thing in things)
+            if _apart(first, second) and (relation is None or holds(relation, first, second, 1.5)):
+                return Scene(width, height, background, (first, second), relation=relation)
+
+
+def draw_split(random: np.random.Generator, held_out: bool, width: int = 128, height: int = 128) -> Scene:
+    """A random scene of the training part or of the held-out part."""
+    while True:
+        scene = draw_scene(random, width, height)
+        if scene.held_out == held_out:
+            return scene
+
+
+def holds(relation: str, first: Thing, second: Thing, dominance: float = 1.0) -> bool:
+    """Whether `first` lies `relation` (of) `second`, its axis at least `dominance` times the other one."""
+    dx, dy = first.x - second.x, first.y - second.y
+    along, across = (dy, dx) if relation in ("above", "below") else (dx, dy)
+    sign = -1.0 if relation in ("above", "left of") else 1.0
+    return sign * along >= dominance * abs(across) and sign * along > 0
+
+
+def _draw_thing(
+    random: np.random.Generator, background: str, radii: dict[str, tuple[float, float]], side: int
+) -> Thing:
+    colour = str(random.choice([name for name in COLOURS if name != background]))
+    size = str(random.choice(SIZES, p=(0.2, 0.6, 0.2)))
+    return Thing(str(random.choice(KINDS)), colour, size, 0.0, 0.0, float(random.uniform(*radii[size])) * side)
+
+
+def _place_alone(random: np.random.Generator, thing: Thing, width: int, height: int, place: str | None) -> Thing:
+    """Move the thing to a random point at which it lies inside the canvas (and in the named ninth of it)."""
+    margin = thing.radius + 3.0
+    words = place.split() if place else []
+    x = _coordinate(random, width, margin, ("left", "right"), words, place is not None)
+    y = _coordinate(random, height, margin, ("top", "bottom"), words, place is not None)
+    return Thing(thing.kind, thing.colour, thing.size, x, y, thing.radius)
+
+
+def _coordinate(
+    random: np.random.Generator, side: int, margin: float, ends: tuple[str, str], words: list[str], named: bool
+) -> float:
+    low, high, band = margin, side - margin, 0.05 * side
+    if ends[0] in words:
+        return float(random.uniform(low, min(low + band, high)))
+    if ends[1] in words:
+        return float(random.uniform(max(high - band, low), high))
+    if named:
+        return float(random.uniform(side / 2 - band / 2, side / 2 + band / 2))
+    return float(random.uniform(low, high))
+
+
+def _apart(first: Thing, second: Thing) -> bool:
+    return math.hypot(first.x - second.x, first.y - second.y) >= first.radius + second.radius + 4.0
+
+
+def outline(kind: str) -> list[tuple[float, float]]:
+    """Corners of a polygonal kind on the unit circle's scale, y pointing down."""
+    if kind == "square":
+        return [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
+    if kind == "diamond":
+        return [(0.0, -1.0), (0.72, 0.0), (0.0, 1.0), (-0.72, 0.0)]
+    if kind == "triangle":
+        return [(0.0, -0.92), (0.95, 0.78), (-0.95, 0.78)]
+    if kind == "star":
+        turns = [(math.pi * k / 5 - math.pi / 2, 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
+        return [(radius * math.cos(angle), radius * math.sin(angle) + 0.05) for angle, radius in turns]
+    if kind == "cross":
+        a, b = 0.32, 0.95
+        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    if kind == "heart":
+        angles = [2 * math.pi * k / 64 for k in range(64)]
+        return [
+            (
+                16 * math.sin(t) ** 3 / 17,
+                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17 - 0.1,
+            )
+            for t in angles
+        ]
+    raise ValueError(f"no outline for {kind!r}")
+
+
+def draw_kind(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, colour: object, hole: object) -> None:
+    """Draw one shape on a canvas; `hole` is the colour seen through a ring. Lengths in pixels of that canvas."""
+    if kind in ("circle", "ring"):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)  # type: ignore[arg-type]
+        if kind == "ring":
+            inner = 0.55 * radius
+            draw.ellipse((x - inner, y - inner, x + inner, y + inner), fill=hole)  # type: ignore[arg-type]
+        return
+    draw.polygon([(x + radius * u, y + radius * v) for u, v in outline(kind)], fill=colour)  # type: ignore[arg-type]
+
+
+def render(scene: Scene) -> NDArray[np.uint8]:
+    """The scene as an antialiased picture, uint8 [height, width, 3]."""
+    k = SUPERSAMPLING
+    background = PALETTE[scene.background]
+    canvas = Image.new("RGB", (scene.width * k, scene.height * k), background)
+    draw = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        draw_kind(draw, thing.kind, thing.x * k, thing.y * k, thing.radius * k, PALETTE[thing.colour], background)
+    return np.asarray(canvas.reduce(k), dtype=np.uint8)

@@ -1,0 +1,26 @@
+"""Painting: a bundle, a backend and a prompt in, pictures out. Needs NumPy, Pillow and tokenizers only."""
+
+from allaprima.runtime.backends import BackendInfo, backends, choose, open_session
+from allaprima.runtime.image import check_writable, read_parameters, save_image
+from allaprima.runtime.pipeline import Pipeline
+from allaprima.runtime.request import Request, Settings
+from allaprima.runtime.result import Parameters, Progress, Result
+from allaprima.runtime.session import Binding, Session
+
+__all__ = [
+    "BackendInfo",
+    "Binding",
+    "Parameters",
+    "Pipeline",
+    "Progress",
+    "Request",
+    "Result",
+    "Session",
+    "Settings",
+    "backends",
+    "check_writable",
+    "choose",
+    "open_session",
+    "read_parameters",
+    "save_image",
+]

@@ -1,0 +1,179 @@
+"""The backends there are, and opening a graph with one."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from allaprima.bundle import BackendError, Bundle, Component, EngineKey, engine_key
+from allaprima.runtime.session import Session
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+class Driver(Protocol):
+    """What the module of a backend offers."""
+
+    def version(self) -> str:
+        """The version of the driver package; raises whatever its import raises."""
+
+    def precisions(self) -> tuple[str, ...]:
+        """What it can compute in on this machine, the default first."""
+
+    def converts(self) -> bool:
+        """Whether it computes a graph in any of these precisions, or only in the one it was exported in."""
+
+    def device(self) -> str:
+        """The processor that it compiles for, in words that differ where its code would."""
+
+    def open_session(
+        self,
+        graph: Path,
+        component: Component,
+        *,
+        precision: str | None,
+        threads: int | None,
+        engine: Path | None,
+    ) -> Session:
+        """See `open_session` below."""
+
+    def compile_engine(self, graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
+        """See `compile_engine` below."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A backend and whether it works here.
+
+    `version`, `device` and `precisions` (the default first) are empty where it does not; `reason` then says why,
+    and `remedy` what to do about it. `converts`: a graph runs in any of these precisions, whatever its weights are.
+    """
+
+    name: str
+    available: bool
+    version: str = ""
+    device: str = ""
+    precisions: tuple[str, ...] = ()
+    converts: bool = False
+    reason: str = ""
+    remedy: str = ""
+
+
+_MODULES = {"openvino": "allaprima.runtime.sessions.openvino", "ort": "allaprima.runtime.sessions.ort"}
+"""In the order in which "auto" tries them."""
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """All backends; those that are installed are imported to see that they work."""
+    return tuple(_probe(name) for name in _MODULES)
+
+
+def choose(backend: str = "auto") -> str:
+    """The name of a backend that works here: `backend` itself, or the best there is for "auto".
+
+    Raises BackendError for an unknown name, or one that does not work, with what to install.
+    """
+    if backend == "auto":
+        for name in _MODULES:
+            if _probe(name).available:
+                return name
+        remedies = " or ".join(_remedy(name) for name in _MODULES)
+        raise BackendError(f"no backend works here: {remedies}")
+    if backend not in _MODULES:
+        raise BackendError(f"unknown backend '{backend}': choose from auto, {', '.join(_MODULES)}")
+    info = _probe(backend)
+    if not info.available:
+        raise BackendError(f"the backend {backend} does not work here ({info.reason}): {info.remedy}")
+    return backend
+
+
+def open_session(
+    graph: Path,
+    component: Component,
+    backend: str = "auto",
+    *,
+    precision: str | None = None,
+    threads: int | None = None,
+    engine: Path | None = None,
+) -> Session:
+    """Load the graph of a component.
+
+    `precision` None or "auto" is the fastest that the backend has for this graph on this machine; `threads`
+    None leaves the number to the backend; `engine` is a file that the same backend compiled before, loaded
+    in place of the graph.
+
+    Raises BackendError.
+    """
+    precision = _known_precision(precision)
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads is {threads}: give at least 1, or leave it out")
+    return _driver(choose(backend)).open_session(
+        graph, component, precision=precision, threads=threads, engine=engine
+    )
+
+
+def compile_engine(
+    graph: Path, component: Component, folder: Path, backend: str, *, precision: str | None = None
+) -> Path:
+    """Compile a graph into `folder`; the file that `open_session` takes as `engine`.
+
+    Raises BackendError.
+    """
+    name = choose(backend)
+    chosen = engine_precision(component, name, precision)
+    return _driver(name).compile_engine(graph, component, folder, precision=chosen)
+
+
+def engine_precision(component: Component, backend: str, precision: str | None) -> str:
+    """What a component computes in with a backend that works here, given what was asked for (None: its choice)."""
+    chosen = _known_precision(precision)
+    info = _probe(backend)
+    return chosen or (info.precisions[0] if info.converts else component.precision)
+
+
+def key_of(bundle: Bundle, component: str, backend: str, *, precision: str | None = None) -> EngineKey:
+    """What identifies the engine of a bundle's component on this machine."""
+    name = choose(backend)
+    info = _probe(name)
+    return engine_key(
+        bundle,
+        component,
+        backend=name,
+        backend_version=info.version,
+        device=info.device,
+        precision=engine_precision(bundle.component(component), name, precision),
+    )
+
+
+def _known_precision(precision: str | None) -> str | None:
+    """None for "auto"; BackendError for an unknown one."""
+    if precision in (None, "auto"):
+        return None
+    if precision not in PRECISIONS:
+        raise BackendError(f"unknown precision '{precision}': choose from auto, {', '.join(PRECISIONS)}")
+    return precision
+
+
+def _driver(name: str) -> Driver:
+    return cast(Driver, importlib.import_module(_MODULES[name]))
+
+
+def _probe(name: str) -> BackendInfo:
+    driver = _driver(name)
+    try:
+        return BackendInfo(
+            name,
+            True,
+            version=driver.version(),
+            device=driver.device(),
+            precisions=driver.precisions(),
+            converts=driver.converts(),
+        )
+    except Exception as error:  # a driver package that is present but broken fails in its own ways
+        return BackendInfo(name, False, reason=str(error), remedy=_remedy(name))
+
+
+def _remedy(name: str) -> str:
+    return f'pip install "allaprima[{name}]"'

@@ -1,0 +1,290 @@
+"""Text to pictures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from PIL import Image
+
+from allaprima.bundle import VERSION, BackendError, Bundle, BundleError, RequestError, find_engine, open_bundle, resolve
+from allaprima.runtime.backends import choose, key_of, open_session
+from allaprima.runtime.noise import Noise
+from allaprima.runtime.request import Request, Settings
+from allaprima.runtime.result import Parameters, Progress, Result, Stage
+from allaprima.runtime.samplers import Table, make_table
+from allaprima.runtime.session import Session
+from allaprima.runtime.stages import Decoder, Denoiser, TextEncoder
+from allaprima.runtime.tokenizer import Tokenizer
+
+Callback = Callable[[Progress], None]
+
+FAMILY = "stable-diffusion"
+COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
+
+
+class Pipeline:
+    """A bundle, opened with one backend, painting one request at a time.
+
+    Buffers are kept for the next request of the same shape. A second request while one is being painted
+    (from another thread, or from a callback) is RequestError; open one pipeline per thread.
+    """
+
+    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session], *, backend: str) -> None:
+        """Take over opened sessions of text_encoder, denoiser and vae_decoder; `open` does it all.
+
+        Raises BundleError if the bundle is of another family or its tokenizer cannot be read.
+        """
+        if bundle.manifest.family != FAMILY:
+            raise BundleError(
+                f"{bundle.folder} is of the family '{bundle.manifest.family}', but this version paints only "
+                f"{FAMILY}: upgrade allaprima"
+            )
+        self.bundle = bundle
+        self.backend = backend
+        self.precision = sessions["denoiser"].precision
+        self._sessions = dict(sessions)
+        self._text_encoder = TextEncoder(sessions["text_encoder"], Tokenizer(bundle))
+        self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
+        self._decoder: tuple[object, Decoder] | None = None
+        self._busy = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path = "shapes",
+        *,
+        backend: str = "auto",
+        precision: str | None = None,
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> Self:
+        """Open a bundle's folder, or a built-in bundle by its name.
+
+        `backend` "auto" is the best there is, `precision` None the fastest it has on this machine, `threads`
+        None its own choice; `verify` also checks the sha256 of every file. Graphs that were built for this
+        machine before (`allaprima build`) come from the engine cache, the others are compiled now.
+
+        Raises BundleError or BackendError.
+        """
+        opened = open_bundle(resolve(str(bundle)), verify=verify)
+        name = choose(backend)
+        with ExitStack() as undo:
+            sessions = {}
+            for role in COMPONENTS:
+                component = opened.component(role)
+                sessions[role] = open_session(
+                    opened.path(component.graph),
+                    component,
+                    name,
+                    precision=precision,
+                    threads=threads,
+                    engine=find_engine(key_of(opened, role, name, precision=precision)),
+                )
+                undo.callback(sessions[role].close)
+            pipeline = cls(opened, sessions, backend=name)
+            undo.pop_all()
+        return pipeline
+
+    def close(self) -> None:
+        """Let go of graphs and buffers; more than once is fine. RequestError while a picture is painted."""
+        with self._exclusive():
+            for session in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+            self._text_encoder.close()
+            self._denoiser = self._decoder = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images: int = 1,
+        eta: float = 0.0,
+        callback: Callback | None = None,
+    ) -> Result:
+        """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
+
+        Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
+        after every step; if it raises, painting stops, the exception passes through and the pipeline can be
+        used again.
+
+        Raises RequestError, before anything is painted, or BackendError.
+        """
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            seed=seed,
+            height=height,
+            width=width,
+            num_images=num_images,
+            eta=eta,
+        )
+        return self.paint(request, callback=callback)
+
+    def paint(self, request: Request, *, callback: Callback | None = None) -> Result:
+        """As `generate`, for a Request."""
+        manifest = self.bundle.manifest
+        settings = request.check(manifest)
+        table = make_table(
+            manifest.scheduler,
+            settings.sampler,
+            settings.num_inference_steps,
+            history=manifest.history,
+            eta=settings.eta,
+        )
+        marks = [perf_counter()]
+        with self._exclusive():
+            if not self._sessions:
+                raise BackendError("the pipeline is closed: open it again")
+            denoiser = self._prepare(settings)
+            warnings = self._encode(denoiser, settings)
+            streams = _begin(denoiser, settings, table)
+            _tell(callback, "encode", 1, 1, denoiser)
+            marks.append(perf_counter())
+            _denoise(denoiser, table, streams, callback)
+            self._check_finite(denoiser)
+            marks.append(perf_counter())
+            images = self._decode(denoiser, settings, callback)
+            marks.append(perf_counter())
+        stages = ("encode", "denoise", "decode")
+        timings = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
+        timings["total"] = marks[-1] - marks[0]
+        parameters = tuple(self._describe(settings, table, index) for index in range(len(images)))
+        return Result(images, parameters, timings, warnings)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise RequestError("the pipeline is painting: wait for it, or open another one")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _prepare(self, settings: Settings) -> Denoiser:
+        """The denoiser of the request's shape: the last one if it fits, for its buffers."""
+        manifest = self.bundle.manifest
+        latent = manifest.latent
+        height, width = settings.height // latent.downscale, settings.width // latent.downscale
+        shape = (settings.num_images, latent.channels, height, width)
+        key = (shape, settings.branches)
+        if self._denoiser is None or self._denoiser[0] != key:
+            self._denoiser = None  # first, so that the old and the new buffers never exist together
+            denoiser = Denoiser(
+                self._sessions["denoiser"],
+                shape,
+                branches=settings.branches,
+                history=manifest.history,
+                condition=self._text_encoder.condition,
+            )
+            self._denoiser = key, denoiser
+        return self._denoiser[1]
+
+    def _encode(self, denoiser: Denoiser, settings: Settings) -> tuple[str, ...]:
+        """Write guidance weights and conditions; the warnings that come with it."""
+        scale = settings.guidance_scale
+        if settings.branches == 2:
+            named = {"negative prompt": settings.negative_prompt, "prompt": settings.prompt}
+            denoiser.guidance[...] = [[1 - scale], [scale]]
+        else:
+            named = {"prompt": settings.prompt}
+            denoiser.guidance[...] = 1
+        hidden, truncated = self._text_encoder.encode(list(named.values()))
+        denoiser.conditions[...] = hidden[:, None]
+        warnings = [
+            f'the {name} is too long, this was left out: "{rest}"'
+            for name, rest in zip(named, truncated, strict=True)
+            if rest
+        ]
+        if settings.branches == 1 and settings.negative_prompt:
+            warnings.append(
+                f"the negative prompt has no effect with guidance_scale {scale}: it needs above 1"
+            )
+        return tuple(warnings)
+
+    def _check_finite(self, denoiser: Denoiser) -> None:
+        if not np.isfinite(denoiser.sample).all():
+            raise BackendError(
+                f"the picture came out as infinite or not-a-number, in {self.precision} with the backend "
+                f"{self.backend}: use a lower guidance_scale, another sampler or a wider precision"
+            )
+
+    def _decode(
+        self, denoiser: Denoiser, settings: Settings, callback: Callback | None
+    ) -> tuple[Image.Image, ...]:
+        key = settings.height, settings.width
+        if self._decoder is None or self._decoder[0] != key:
+            self._decoder = None
+            self._decoder = key, Decoder(self._sessions["vae_decoder"], self.bundle.manifest.latent, *key)
+        decoder = self._decoder[1]
+        images = []
+        for sample in denoiser.sample:
+            images.append(Image.fromarray(decoder.decode(sample).copy()))
+            _tell(callback, "decode", len(images), settings.num_images, denoiser)
+        return tuple(images)
+
+    def _describe(self, settings: Settings, table: Table, index: int) -> Parameters:
+        fields = asdict(settings)
+        del fields["num_images"]
+        fields.update(sampler=table.sampler, seed=settings.seed + index)
+        return Parameters(
+            **fields,
+            bundle=self.bundle.manifest.name,
+            backend=self.backend,
+            precision=self.precision,
+            version=VERSION,
+        )
+
+
+def _begin(denoiser: Denoiser, settings: Settings, table: Table) -> list[Noise]:
+    """Put the first latents in place, one stream of noise per image; the streams go on from there."""
+    streams = [Noise(settings.seed + index) for index in range(settings.num_images)]
+    sigma = np.float32(table.init_noise_sigma)
+    for sample, noise in zip(denoiser.sample, streams, strict=True):
+        np.multiply(noise.normal(sample.shape), sigma, out=sample)
+    denoiser.history[...] = 0
+    return streams
+
+
+def _denoise(denoiser: Denoiser, table: Table, streams: list[Noise], callback: Callback | None) -> None:
+    total = len(table.timesteps)
+    for row in range(total):
+        denoiser.write(table, row)
+        if table.draws[row]:
+            for buffer, noise in zip(denoiser.noise, streams, strict=True):
+                buffer[...] = noise.normal(buffer.shape)
+        denoiser.step()
+        _tell(callback, "denoise", row + 1, total, denoiser)
+
+
+def _tell(callback: Callback | None, stage: Stage, step: int, total: int, denoiser: Denoiser) -> None:
+    if callback is not None:
+        sample = denoiser.sample.view()
+        sample.flags.writeable = False
+        callback(Progress(stage, step, total, sample))

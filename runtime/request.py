@@ -1,0 +1,125 @@
+"""What a user asks for, checked at the door."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from allaprima.bundle import Latent, Manifest, RequestError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A request with everything resolved but the sampler: None is the bundle's own.
+
+    `height` and `width` in pixels. Image i uses `seed + i`.
+    """
+
+    prompt: str
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str | None
+    seed: int
+    height: int
+    width: int
+    num_images: int
+    eta: float
+
+    @property
+    def branches(self) -> int:
+        """G, the guidance branches: classifier-free guidance acts above 1 only, as in diffusers."""
+        return 2 if self.guidance_scale > 1 else 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for; None takes the bundle's default, a seed of None a random one of 32 bits."""
+
+    prompt: str
+    negative_prompt: str = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_images: int = 1
+    eta: float = 0.0
+
+    def check(self, manifest: Manifest) -> Settings:
+        """The request with the bundle's defaults filled in.
+
+        Sampler names, and limits that depend on the sampler, are checked by `make_table`.
+
+        Raises RequestError naming the value and what to do.
+        """
+        defaults = manifest.defaults
+        steps, guidance = self.num_inference_steps, self.guidance_scale
+        count = _whole("num_images", self.num_images, 1)
+        return Settings(
+            prompt=_text("prompt", self.prompt),
+            negative_prompt=_text("negative_prompt", self.negative_prompt),
+            num_inference_steps=_whole(
+                "num_inference_steps", defaults.num_inference_steps if steps is None else steps, 1
+            ),
+            guidance_scale=_finite(
+                "guidance_scale", defaults.guidance_scale if guidance is None else guidance
+            ),
+            sampler=None if self.sampler is None else _text("sampler", self.sampler),
+            seed=_seed(self.seed, count),
+            height=_side("height", defaults.height if self.height is None else self.height, manifest.latent),
+            width=_side("width", defaults.width if self.width is None else self.width, manifest.latent),
+            num_images=count,
+            eta=_eta(self.eta),
+        )
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} is {value!r}: it should be a text")
+    return value
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}: it should be a whole number")
+    if value < least:
+        raise RequestError(f"{name} is {value}: it should be at least {least}")
+    return int(value)
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
+            if abs(number) < 3e38:  # the graph computes in float32: beyond its range is infinite to it
+                return number
+    raise RequestError(f"{name} is {value!r}: it should be a finite number")
+
+
+def _eta(value: object) -> float:
+    eta = _finite("eta", value)
+    if not 0 <= eta <= 1:
+        raise RequestError(f"eta is {eta}: it should lie between 0 (no noise, DDIM) and 1 (DDPM)")
+    return eta
+
+
+def _seed(value: int | None, count: int) -> int:
+    seed = secrets.randbits(32) if value is None else _whole("seed", value, 0)
+    if seed + count > 2**64:
+        raise RequestError(f"seed {seed} is too large for {count} images: seeds end at 2**64 - 1")
+    return seed
+
+
+def _side(name: str, value: object, latent: Latent) -> int:
+    side = _whole(name, value, 1)
+    multiple = latent.multiple
+    below = side // multiple * multiple
+    if below == side:
+        return side
+    nearest = f"{below} and {below + multiple}" if below else f"{multiple}"
+    sizes = "sizes are" if below else "size is"
+    raise RequestError(f"{name} {side} is not a multiple of {multiple}: the nearest valid {sizes} {nearest}")

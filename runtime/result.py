@@ -1,0 +1,60 @@
+"""What a pipeline reports while it paints and hands over when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+Stage = Literal["encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `total` in a stage is done.
+
+    `sample` is a read-only view of the latents [B,C,H,W], in the sampler's own space; it is overwritten by
+    later steps, so copy what is to be kept.
+    """
+
+    stage: Stage
+    step: int
+    total: int
+    sample: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How one picture was made: enough to make it again. `height` and `width` in pixels."""
+
+    prompt: str
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    seed: int
+    height: int
+    width: int
+    eta: float
+    bundle: str
+    backend: str
+    precision: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures of one request.
+
+    `parameters[i]` belongs to `images[i]`. `timings` holds seconds for each stage and "total". `warnings`
+    are sentences for the user, such as the part of a prompt that was too long.
+    """
+
+    images: tuple[Image, ...]
+    parameters: tuple[Parameters, ...]
+    timings: Mapping[str, float]
+    warnings: tuple[str, ...]

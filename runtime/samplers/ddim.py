@@ -1,0 +1,92 @@
+"""Samplers on the listed timesteps of a variance-preserving process: DDIM and DDPM."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from allaprima.bundle.errors import RequestError
+from allaprima.runtime.samplers.table import NO_BOUND, Draft, denoised
+from allaprima.runtime.schedule import (
+    PREDICTIONS,
+    Training,
+    read_options,
+    require,
+    spaced_timesteps,
+    training_alphas,
+    training_indices,
+)
+
+
+@dataclass(frozen=True)
+class DDIMOptions(Training):
+    """Fields and defaults of ``DDIMScheduler`` that change a result."""
+
+    sampler: ClassVar[str] = "ddim"
+
+    clip_sample: bool = True
+    set_alpha_to_one: bool = True
+    thresholding: bool = False
+    rescale_betas_zero_snr: bool = False
+
+
+@dataclass(frozen=True)
+class DDPMOptions(Training):
+    """Fields and defaults of ``DDPMScheduler`` that change a result."""
+
+    sampler: ClassVar[str] = "ddpm"
+
+    variance_type: str | None = "fixed_small"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    rescale_betas_zero_snr: bool = False
+
+
+def ddim(config: Mapping[str, Any], steps: int, eta: float) -> Draft:
+    """Song et al. 2021, equations 12 and 16; ``eta`` is 0 for the ODE, 1 for the noise of DDPM."""
+    options = read_options(DDIMOptions, config)
+    require(options, "prediction_type", *PREDICTIONS)
+    require(options, "thresholding", False)
+    if options.clip_sample:
+        # DDIM clamps the clean sample but not the noise beside it: two predictions, where the graph has one.
+        raise RequestError(
+            "sampler 'ddim' cannot honour the scheduler option clip_sample=True (the default of DDIMScheduler"
+            " where the configuration does not say): set it to false, as pipelines in a latent space do"
+        )
+    table = training_alphas(options, zero_snr=options.rescale_betas_zero_snr).astype(np.float64)
+    timesteps = training_indices(spaced_timesteps(options, steps), options)
+    previous = timesteps - options.num_train_timesteps // steps
+    final = 1.0 if options.set_alpha_to_one else table[0]
+    a, p = table[timesteps], np.where(previous >= 0, table[np.maximum(previous, 0)], final)
+    alpha, sigma = np.sqrt(a), np.sqrt(1 - a)
+    noise = eta * np.sqrt((1 - p) / (1 - a) * (1 - a / p))
+    direction = np.sqrt(np.maximum(1 - p - noise**2, 0)) / sigma
+    update = np.stack([direction, np.sqrt(p) - direction * alpha, noise], axis=1)
+    prediction = denoised(options.prediction_type, alpha, sigma)
+    return Draft(timesteps.astype(np.float64), prediction, update, draws=eta > 0)
+
+
+def ddpm(config: Mapping[str, Any], steps: int) -> Draft:
+    """Ho et al. 2020, equation 7, between listed timesteps; noise at every call but one at timestep 0."""
+    options = read_options(DDPMOptions, config)
+    require(options, "prediction_type", *PREDICTIONS)
+    require(options, "thresholding", False)
+    # DPM-Solver's configurations say None, which diffusers then takes as fixed_small.
+    require(options, "variance_type", "fixed_small", "fixed_small_log", "fixed_large", None)
+    table = training_alphas(options, zero_snr=options.rescale_betas_zero_snr).astype(np.float64)
+    timesteps = training_indices(spaced_timesteps(options, steps), options)
+    a = table[timesteps]
+    p = np.append(a[1:], 1.0)
+    beta = 1 - a / p
+    clean, sample = np.sqrt(p) * beta / (1 - a), np.sqrt(a / p) * (1 - p) / (1 - a)
+    variance = beta if options.variance_type == "fixed_large" else np.maximum(beta * (1 - p) / (1 - a), 1e-20)
+    noisy = timesteps > 0
+    return Draft(
+        timesteps.astype(np.float64),
+        denoised(options.prediction_type, np.sqrt(a), np.sqrt(1 - a)),
+        np.stack([sample, clean, np.where(noisy, np.sqrt(variance), 0.0)], axis=1),
+        bound=options.clip_sample_range if options.clip_sample else NO_BOUND,
+        draws=noisy,
+    )

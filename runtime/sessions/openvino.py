@@ -1,0 +1,157 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from allaprima.bundle import BackendError, Component, TensorSpec
+from allaprima.runtime.session import check_buffers, check_names
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+def version() -> str:
+    """The version of the driver package; whatever its import raises if it cannot be used."""
+    import openvino
+
+    return str(openvino.__version__).partition("-")[0]
+
+
+def precisions() -> tuple[str, ...]:
+    """What it can compute in on this machine, the default first.
+
+    Only bf16 has matrix units on CPUs as a rule; where it is offered it is several times faster than fp32.
+    fp16 is offered on request: without matrix units for it, it is slower than fp32.
+    """
+    offered = _core_capabilities()
+    return ("bf16",) * ("BF16" in offered) + ("fp32",) + ("fp16",) * ("FP16" in offered)
+
+
+def converts() -> bool:
+    """A graph runs in any of these precisions, whatever its weights are stored in."""
+    return True
+
+
+def device() -> str:
+    """The processor's name and what of it the plugin uses."""
+    return " ".join([_core().get_property("CPU", "FULL_DEVICE_NAME").strip(), *sorted(_core_capabilities())])
+
+
+def _core_capabilities() -> list[str]:
+    return list(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def open_session(
+    graph: Path, component: Component, *, precision: str | None, threads: int | None, engine: Path | None
+) -> OpenvinoSession:
+    """Compile a graph, or import the compiled model at `engine`; `backends.open_session` says the rest."""
+    chosen = precision or precisions()[0]
+    if chosen not in precisions():
+        raise BackendError(
+            f"openvino cannot compute in {chosen} on this CPU, only in {', '.join(precisions())}"
+        )
+    try:
+        if engine is None:
+            compiled = compile_graph(graph, precision=chosen, threads=threads)
+        else:
+            compiled = _core().import_model(engine.read_bytes(), "CPU", _properties(chosen, threads))
+    except Exception as error:
+        raise BackendError(f"openvino cannot load {engine or graph}: {error}") from error
+    return OpenvinoSession(compiled, component, precision=chosen, where=str(engine or graph))
+
+
+def compile_graph(graph: Path, *, precision: str, threads: int | None) -> Any:
+    """The compiled model of an ONNX graph; its `export_model()` is what `engine` may later be.
+
+    Below fp32, a timestep sinusoid would be computed from a rounded phase: bf16 has 8 bits, so a timestep of
+    981 becomes 980 and the phase is off by a radian. The plugin keeps in fp32 what lies between an output and
+    the nearest matrix product, so making the sines and cosines outputs keeps their phases exact.
+    """
+    model = _core().read_model(graph)
+    if precision != "fp32":
+        waves = [node.output(0) for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
+        if waves:
+            model.add_outputs(waves)
+    return _core().compile_model(model, "CPU", _properties(precision, threads))
+
+
+def compile_engine(graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
+    """Write the compiled model of a graph into `folder`; `backends.compile_engine` says the rest."""
+    path = folder / "model.blob"
+    try:
+        path.write_bytes(compile_graph(graph, precision=precision, threads=None).export_model().getbuffer())
+    except OSError:
+        raise
+    except Exception as error:
+        raise BackendError(f"openvino cannot compile {graph}: {error}") from error
+    return path
+
+
+@functools.cache
+def _core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+def _properties(precision: str, threads: int | None) -> dict[str, Any]:
+    properties: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+    }
+    return properties if threads is None else {**properties, "INFERENCE_NUM_THREADS": threads}
+
+
+class OpenvinoSession:
+    """See Session."""
+
+    def __init__(self, compiled: Any, component: Component, *, precision: str, where: str) -> None:
+        self.precision = precision
+        self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
+        self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
+        # A port answers to several names where the plugin elided the cast behind an input.
+        taken = [next((name for name in self.inputs if name in port.names), port.any_name) for port in compiled.inputs]
+        check_names(self.inputs, taken, where)
+        # Outputs beyond these are the ones that compile_graph added.
+        found = {name for port in compiled.outputs for name in port.names}
+        check_names(self.outputs, found & self.outputs.keys(), where)
+        self._compiled = compiled
+
+    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> OpenvinoBinding:
+        """See Session.bind."""
+        if self._compiled is None:
+            raise BackendError("the session is closed")
+        check_buffers(self.inputs, self.outputs, buffers)
+        return OpenvinoBinding(self._compiled, buffers)
+
+    def close(self) -> None:
+        """See Session.close."""
+        self._compiled = None
+
+
+class OpenvinoBinding:
+    """See Binding."""
+
+    def __init__(self, compiled: Any, buffers: Mapping[str, NDArray[Any]]) -> None:
+        import openvino
+
+        self._request = compiled.create_infer_request()
+        # The request keeps addresses, the tensors keep the arrays, so both must live as long as we do.
+        self._tensors = {name: openvino.Tensor(array, shared_memory=True) for name, array in buffers.items()}
+        try:
+            for name, tensor in self._tensors.items():
+                self._request.set_tensor(name, tensor)
+        except Exception as error:
+            raise BackendError(f"openvino cannot bind '{name}': {error}") from error
+
+    def run(self) -> None:
+        """See Binding.run."""
+        try:
+            self._request.infer()
+        except Exception as error:
+            raise BackendError(f"openvino failed: {error}") from error

@@ -1,0 +1,164 @@
+"""`allaprima generate`: how words become a request, and what is written. The painter is a stand-in."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from allaprima.bundle import VERSION
+from allaprima.runtime import Parameters, Pipeline, Progress, Result, read_parameters
+
+Allaprima = Callable[..., SimpleNamespace]
+
+
+class Easel:
+    """A pipeline that remembers how it was asked and paints in one colour."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, Any] = {}
+        self.asked: dict[str, Any] = {}
+        self.warnings: tuple[str, ...] = ()
+
+    def open(self, bundle: str, **options: Any) -> "Easel":
+        self.opened = {"bundle": bundle, **options}
+        return self
+
+    def __enter__(self) -> "Easel":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def generate(self, prompt: str, *, callback: Callable[[Progress], None], **request: Any) -> Result:
+        self.asked = {"prompt": prompt, **request}
+        count, seed = request["num_images"], request["seed"] or 40
+        parameters = tuple(
+            Parameters(
+                prompt=prompt,
+                negative_prompt=request["negative_prompt"],
+                num_inference_steps=request["num_inference_steps"] or 20,
+                guidance_scale=5.0,
+                sampler="ddim",
+                seed=seed + index,
+                height=64,
+                width=64,
+                eta=0.0,
+                bundle="shapes",
+                backend="ort",
+                precision="fp32",
+                version=VERSION,
+            )
+            for index in range(count)
+        )
+        images = tuple(Image.new("RGB", (64, 64), "teal") for _ in range(count))
+        return Result(images, parameters, {"denoise": 1.0, "total": 1.25}, self.warnings)
+
+
+@pytest.fixture
+def easel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Easel:
+    """The stand-in, in an empty current folder."""
+    easel = Easel()
+    monkeypatch.setattr(Pipeline, "open", easel.open)
+    monkeypatch.chdir(tmp_path)
+    return easel
+
+
+def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> None:
+    outcome = allaprima("generate", "a red circle", "--seed", "7")
+    assert outcome.code == 0
+    assert outcome.out == "picture.png  seed 7\n1.25 s on ort in fp32\n"
+    assert easel.opened == {"bundle": "shapes", "backend": "auto", "precision": None, "threads": None}
+    assert easel.asked == {
+        "prompt": "a red circle",
+        "negative_prompt": "",
+        "num_inference_steps": None,
+        "guidance_scale": None,
+        "sampler": None,
+        "seed": 7,
+        "height": None,
+        "width": None,
+        "num_images": 1,
+        "eta": 0.0,
+    }
+    assert read_parameters("picture.png")["prompt"] == "a red circle"
+
+
+def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -> None:
+    words = ["--steps", "9", "--guidance", "2.5", "--sampler", "Euler a", "--seed", "3", "--size", "768x512"]
+    words += ["--eta", "0.5", "--negative-prompt", "blur", "-n", "2", "-o", "out.webp"]
+    words += ["--backend", "ort", "--precision", "fp32", "--threads", "2"]
+    outcome = allaprima("generate", "my bundle", *words, "a cat")
+    assert outcome.code == 0
+    assert easel.opened == {"bundle": "my bundle", "backend": "ort", "precision": "fp32", "threads": 2}
+    assert easel.asked == {
+        "prompt": "a cat",
+        "negative_prompt": "blur",
+        "num_inference_steps": 9,
+        "guidance_scale": 2.5,
+        "sampler": "Euler a",
+        "seed": 3,
+        "height": 512,
+        "width": 768,
+        "num_images": 2,
+        "eta": 0.5,
+    }
+    assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
+    assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]
+
+
+def test_prompts_that_look_like_options(allaprima: Allaprima, easel: Easel) -> None:
+    assert allaprima("generate", "--seed", "1", "--", "--- a line").code == 0
+    assert (easel.opened["bundle"], easel.asked["prompt"]) == ("shapes", "--- a line")
+
+
+def test_json(allaprima: Allaprima, easel: Easel) -> None:
+    easel.warnings = ("the prompt was cut",)
+    outcome = allaprima("generate", "ein Kreis, schön", "--json", "--quiet")
+    document = json.loads(outcome.out)
+    assert outcome.err == ""
+    assert document["images"][0]["path"] == "picture.png"
+    assert document["images"][0]["prompt"] == "ein Kreis, schön"
+    assert document["timings"]["total"] == 1.25
+    assert document["warnings"] == ["the prompt was cut"]
+
+
+def test_warnings_and_quiet(allaprima: Allaprima, easel: Easel) -> None:
+    easel.warnings = ("the prompt was cut",)
+    assert allaprima("generate", "a").err == "allaprima: warning: the prompt was cut\n"
+    outcome = allaprima("generate", "a", "--quiet")
+    assert (outcome.out, outcome.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "512"], "argument --size: '512' is not a size: write WIDTHxHEIGHT"),
+        (["--size", "-1x4"], "argument --size"),
+        (["-o", "picture.bmp"], "picture.bmp: unknown kind of picture"),
+        (["-o", "none/picture.png"], "none/picture.png: there is no folder none"),
+    ],
+)
+def test_refused_before_painting(allaprima: Allaprima, easel: Easel, words: list[str], message: str) -> None:
+    outcome = allaprima("generate", "a cat", *words)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert easel.opened == {}
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("bundle", ["", "none", "file"])
+def test_bundles_that_are_none(
+    allaprima: Allaprima, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    outcome = allaprima("generate", bundle, "a cat")
+    assert outcome.code == 2
+    assert outcome.err.startswith("allaprima: error: ")
+    assert outcome.err.count("\n") == 1
+    assert [path.name for path in Path().iterdir()] == ["file"]

@@ -1,0 +1,214 @@
+"""Tables by themselves: names, defaults, what is refused, and what a table promises."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+
+from allaprima.bundle.errors import RequestError
+from allaprima.runtime.samplers import NO_BOUND, Table, find, idle_row, make_table, names
+from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions
+from allaprima.runtime.samplers.dpm import DPMOptions
+from allaprima.runtime.samplers.euler import AncestralOptions, EulerOptions
+from allaprima.runtime.samplers.pndm import PNDMOptions
+from allaprima.runtime.schedule import Training
+
+HISTORY = 4
+
+# Stable Diffusion's schedule, as its scheduler_config.json has it after loading.
+SD = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+OPTIONS = {
+    "DDIMScheduler": DDIMOptions,
+    "DDPMScheduler": DDPMOptions,
+    "PNDMScheduler": PNDMOptions,
+    "EulerDiscreteScheduler": EulerOptions,
+    "EulerAncestralDiscreteScheduler": AncestralOptions,
+    "DPMSolverMultistepScheduler": DPMOptions,
+}
+# Read by no sampler here, because they matter only beside options that are refused.
+SILENT = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), OPTIONS.items())
+def test_defaults_of_diffusers(scheduler: str, kind: type[Training]) -> None:
+    """Our fields and defaults are the parameters of the class, all of them."""
+    parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
+    expected = {name: p.default for name, p in parameters.items() if name not in SILENT | {"self"}}
+    ours = {field.name: field.default for field in dataclasses.fields(kind)}
+    if kind is DDIMOptions:
+        del expected["clip_sample_range"]  # clip_sample is refused
+    if kind is DPMOptions:
+        del ours["sigma_min"], ours["sigma_max"]  # hidden fields, see the class
+    assert ours == expected
+
+
+def test_reference_schedules() -> None:
+    """Published schedules of Stable Diffusion, as numbers."""
+    pndm = make_table(SD, None, 4, history=HISTORY)
+    assert pndm.sampler == "pndm"
+    assert pndm.timesteps.tolist() == [751, 501, 501, 251, 1]
+    euler = make_table({**SD, "timestep_spacing": "leading"}, "euler", 50, history=0)
+    assert euler.timesteps[:2].tolist() == [981, 961]
+    assert euler.init_noise_sigma == pytest.approx(13.15847, rel=1e-6)
+    karras = make_table(SD, "dpmpp_2m_karras", 20, history=1)
+    assert karras.timesteps[:4].tolist() == [999, 962, 921, 876]
+    assert karras.update.shape == (20, 4)
+
+
+def test_trailing_without_a_negative_timestep() -> None:
+    """Rounding gives ``arange`` a 62nd element here, at which diffusers runs at timestep -1."""
+    table = make_table({**SD, "timestep_spacing": "trailing"}, "euler", 61, history=0)
+    assert len(table.timesteps) == 61
+    assert table.timesteps.min() >= 0
+
+
+def test_table_is_sealed_and_reproducible_by_its_name() -> None:
+    for info in names():
+        table = make_table(SD, info.title, 7, history=HISTORY)
+        again = make_table(SD, table.sampler, 7, history=HISTORY)
+        assert table.sampler == info.name
+        for field in dataclasses.fields(Table):
+            value = getattr(table, field.name)
+            np.testing.assert_array_equal(value, getattr(again, field.name))
+            if isinstance(value, np.ndarray):
+                assert value.dtype == (bool if field.name == "draws" else np.float32)
+                assert not value.flags.writeable
+        assert table.draws.any() == (info.noise and info.name != "ddim")
+        assert np.any(table.update[:, 3 + info.history :]) == 0
+        assert bool(np.any(table.update[:, 3:])) == (info.history > 0)
+
+
+def test_history_slots() -> None:
+    make_table(SD, "dpmpp_2m", 5, history=1)
+    with pytest.raises(RequestError, match="'pndm' needs 4 earlier predictions, the denoiser keeps 1"):
+        make_table(SD, "pndm", 5, history=1)
+
+
+def test_clamp_is_a_bound() -> None:
+    assert np.all(make_table(SD, "ddpm", 3, history=0).bounds == np.float32(NO_BOUND))
+    clipped = make_table({**SD, "clip_sample": True}, "ddpm", 3, history=0)
+    assert clipped.bounds.tolist() == [1, 1, 1]
+
+
+def test_idle_row_is_the_identity() -> None:
+    row = idle_row(HISTORY)
+    assert row.update.tolist() == [[1, 0, 0, 0, 0, 0, 0]]
+    assert not row.draws.any()
+    assert not np.any([*row.timesteps, *row.input_scale, *row.to_prediction[0]])
+    assert np.isfinite(row.bounds).all()
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("DDIM", "ddim"),
+        ("ddimscheduler", "ddim"),
+        ("PLMS", "pndm"),
+        ("Euler", "euler"),
+        ("Euler a", "euler_a"),
+        ("euler-ancestral", "euler_a"),
+        ("EulerAncestralDiscrete", "euler_a"),
+        ("EulerDiscreteScheduler", "euler"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("dpm++ 2m karras", "dpmpp_2m_karras"),
+        ("DPM-Solver++ 2M SDE Karras", "dpmpp_2m_sde_karras"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+    ],
+)
+def test_names(spelling: str, name: str) -> None:
+    assert find(spelling).name == name
+
+
+def test_unknown_sampler() -> None:
+    with pytest.raises(
+        RequestError, match=r"no sampler 'eulre': did you mean 'euler'\? The samplers are ddim, ddpm"
+    ):
+        make_table(SD, "eulre", 5, history=HISTORY)
+    with pytest.raises(RequestError, match="no sampler ''"):
+        find("")
+
+
+def test_class_without_a_sampler() -> None:
+    config = {**SD, "_class_name": "UniPCMultistepScheduler"}
+    with pytest.raises(
+        RequestError, match="'UniPCMultistepScheduler' is not among the samplers: name one of ddim"
+    ):
+        make_table(config, None, 5, history=HISTORY)
+    with pytest.raises(RequestError, match="None is not among"):
+        make_table({}, None, 5, history=HISTORY)
+    with pytest.raises(RequestError, match="'euler' cannot honour the configuration of a FlowMatchEuler"):
+        make_table({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "euler", 5, history=HISTORY)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fields", "message"),
+    [
+        ("ddim", {"clip_sample": True}, "clip_sample=True"),
+        ("ddim", {"thresholding": True}, "thresholding=True"),
+        ("ddim", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ("ddpm", {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        ("ddpm", {"timestep_spacing": "odd"}, "timestep_spacing='odd'"),
+        ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"),
+        ("euler", {"use_beta_sigmas": True}, "use_beta_sigmas=True"),
+        ("euler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
+        ("euler", {"use_karras_sigmas": True, "use_exponential_sigmas": True}, "exclude each other"),
+        ("dpmpp_2m", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
+        ("dpmpp_2m", {"solver_order": 4}, "solver_order=4"),
+        ("dpmpp_2m", {"final_sigmas_type": "none"}, "final_sigmas_type='none'"),
+        ("dpmpp_2m", {"variance_type": "learned"}, "variance_type='learned'"),
+        ("dpmpp_2m_karras", {"use_exponential_sigmas": True}, "exclude each other"),
+        ("euler", {"steps_offset": "1"}, "steps_offset='1' is ill-typed: it must be int"),
+        ("euler", {"use_karras_sigmas": 1}, "use_karras_sigmas=1 is ill-typed: it must be bool or None"),
+        ("euler", {"num_train_timesteps": True}, "num_train_timesteps=True is ill-typed"),
+        ("euler", {"beta_start": -1}, "not within 0 to 1"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(sampler: str, fields: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        make_table({**SD, **fields}, sampler, 5, history=HISTORY)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "20"])
+def test_steps_out_of_range(steps: Any) -> None:
+    with pytest.raises(RequestError, match="num_inference_steps"):
+        make_table(SD, "euler", steps, history=HISTORY)
+
+
+def test_eta_out_of_range() -> None:
+    for eta in (-0.1, 1.1, float("nan")):
+        with pytest.raises(RequestError, match=r"eta .* is out of range"):
+            make_table(SD, "ddim", 5, history=HISTORY, eta=eta)
+    with pytest.raises(RequestError, match=r"eta 0\.5 means nothing to sampler 'euler'"):
+        make_table(SD, "euler", 5, history=HISTORY, eta=0.5)
+
+
+def test_no_table_of_infinities() -> None:
+    config = {**SD, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(RequestError, match=r"no finite coefficients .* v_prediction"):
+        make_table(config, "ddim", 5, history=HISTORY)
+    with pytest.raises(RequestError, match="fewer steps"):
+        make_table({**SD, "timestep_spacing": "leading"}, "dpmpp_2m", 1000, history=HISTORY)
+
+
+def test_timesteps_beyond_training() -> None:
+    with pytest.raises(RequestError, match="from timestep 1000 to 1, but the model knows 999 to 0"):
+        make_table(SD, "ddim", 1000, history=HISTORY)
