@@ -1,7 +1,8 @@
 """Compiled engines on disk: what identifies one, where it lies, and when it may be loaded.
 
-An engine is a folder `<cache>/<backend>-<component>-<digest>` with its files and `engine.json`, which is written
-last and says everything in words. It appears by a rename, so what a killed build leaves is never taken for one.
+An engine is a folder `<cache>/<backend>-<component>-<digest>` with its files and `engine.json`, which is
+written last and says everything in words. It appears by a rename, so what a killed build leaves is never
+taken for one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +26,16 @@ from allaprima.bundle.version import VERSION
 
 SIDECAR = "engine.json"
 _PARTIAL = ".partial"
+_OURS = re.compile(r"\.?[\w-]+-[0-9a-f]{24}(\.\w+\.partial)?", re.ASCII)
+"""Names of engines' folders, finished or not. The cache may be a folder in which other things live too."""
 
 
 @dataclass(frozen=True)
 class EngineKey(Record):
     """Everything that can change an engine. Two engines with the same key are interchangeable.
 
-    `graph` holds the sha256 of every file of the component, `device` the processor in the backend's own words.
+    `graph` holds the sha256 of every file of the component, `device` names the processor in the backend's own
+    words.
     """
 
     component: str
@@ -42,17 +48,17 @@ class EngineKey(Record):
 
     @property
     def folder(self) -> str:
-        """Name of the engine's folder in the cache."""
-        text = json.dumps(self.to_json(), sort_keys=True).encode()
-        return f"{self.backend}-{self.component}-{hashlib.sha256(text).hexdigest()[:24]}"
+        """Name of the engine's folder in the cache; a plain one, whatever a manifest calls its components."""
+        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return re.sub(r"[^\w-]", "_", f"{self.backend}-{self.component}-{digest[:24]}", flags=re.ASCII)
 
 
 @dataclass(frozen=True)
 class Engine(Record):
     """The sidecar of an engine.
 
-    `error` is the root mean square difference of its outputs from the same graph in float32, over the standard
-    deviation of the latter, measured on random inputs when it was built.
+    `error` is the root mean square difference of its outputs from the same graph in float32, over the
+    standard deviation of the latter, measured on random inputs when it was built.
     """
 
     key: EngineKey
@@ -81,7 +87,7 @@ def engine_key(
 ) -> EngineKey:
     """The key of one component's engine for one backend on one device."""
     graph = bundle.component(component).graph
-    inside = graph.rpartition("/")[0] + "/"
+    inside = "".join(graph.rpartition("/")[:2])
     files = {path: entry.sha256 for path, entry in bundle.manifest.files.items() if path.startswith(inside)}
     return EngineKey(component, files, backend, backend_version, device, precision, VERSION)
 
@@ -110,15 +116,17 @@ def read_engine(folder: Path) -> Engine:
     except (OSError, ValueError) as cause:
         raise BundleError(f"{folder} is not a finished engine: {cause}") from cause
     if engine.main not in engine.files or any(Path(name).name != name for name in engine.files):
-        raise BundleError(f"{folder} is not a finished engine: its files are not plain names beside {SIDECAR}")
+        raise BundleError(
+            f"{folder} is not a finished engine: its files are not plain names beside {SIDECAR}"
+        )
     return engine
 
 
 def engines(cache: Path | None = None) -> Iterator[tuple[Path, Engine | None]]:
-    """Every folder in the cache with its sidecar, None where it is unfinished or damaged; ordered by name."""
+    """Every engine's folder with its sidecar, None where it is unfinished or damaged; ordered by name."""
     root = cache or cache_folder()
     for folder in sorted(root.iterdir() if root.is_dir() else ()):
-        if not folder.is_dir():
+        if not (_OURS.fullmatch(folder.name) and folder.is_dir()):
             continue
         try:
             yield folder, read_engine(folder)
@@ -133,13 +141,13 @@ def writing_engine(key: EngineKey, cache: Path | None = None) -> Iterator[Path]:
     Raises BuildError if the cache cannot be written.
     """
     root = cache or cache_folder()
-    folder = root / f".{key.folder}.{os.getpid()}{_PARTIAL}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700)
+        folder = Path(tempfile.mkdtemp(_PARTIAL, f".{key.folder}.", root))
     except OSError as cause:
         raise BuildError(
-            f"the engine cache {root} cannot be written ({cause.strerror}): set ALLAPRIMA_CACHE to another folder"
+            f"the engine cache {root} cannot be written ({cause.strerror}): "
+            "set ALLAPRIMA_CACHE to another folder"
         ) from cause
     try:
         yield folder
@@ -147,22 +155,37 @@ def writing_engine(key: EngineKey, cache: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def seal_engine(folder: Path, key: EngineKey, *, bundle: str, main: str, seconds: float, error: float) -> Engine:
+def seal_engine(
+    folder: Path, key: EngineKey, *, bundle: str, main: str, seconds: float, error: float
+) -> Engine:
     """Hash what lies in `folder`, write the sidecar, and move it to its place in the cache.
+
+    If another process has built the same engine meanwhile, that one stays and is returned.
 
     Raises BuildError if the disk refuses.
     """
+    target = folder.with_name(key.folder)
     try:
-        files = {path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())}
+        files = {
+            path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())
+        }
         engine = Engine(key, bundle, main, files, seconds, error)
         (folder / SIDECAR).write_text(json.dumps(engine.to_json(), indent=2) + "\n", encoding="utf-8")
         for path in folder.iterdir():
             path.chmod(0o600)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        target = folder.with_name(key.folder)
-        shutil.rmtree(target, ignore_errors=True)
+        if find_engine(key, target.parent) is None:
+            shutil.rmtree(target, ignore_errors=True)
+            _move(folder, target, key)
+        return read_engine(target)
+    except (BundleError, OSError) as cause:
+        raise BuildError(f"the engine {target} cannot be written: {cause}") from cause
+
+
+def _move(folder: Path, target: Path, key: EngineKey) -> None:
+    try:
         folder.rename(target)
-    except OSError as cause:
-        raise BuildError(f"the engine {folder} cannot be written: {cause.strerror}") from cause
-    return engine
+    except OSError:  # somebody else's engine may be there since a moment ago
+        if find_engine(key, target.parent) is None:
+            raise

@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp16", "fp32", "bf16"), default="fp16", help="of the weights (default: fp16)"
     )
-    parser.add_argument("--name", help="the bundle's name (default: the checkpoint's)")
+    parser.add_argument("--name", help="the bundle's name (default: the folder's)")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 

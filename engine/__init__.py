@@ -1,4 +1,4 @@
-"""Engines: a bundle compiled for the machine that will run it, kept in a cache, checked before it is trusted."""
+"""Engines: a bundle compiled for this machine, kept in a cache, checked before it is trusted."""
 
 from allaprima.engine.build import Built, Progress, build_bundle
 from allaprima.engine.cache import Entry, clear, entries, prune

@@ -7,7 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from allaprima.bundle import Bundle, Engine, find_engine, read_engine, seal_engine, writing_engine
+from allaprima.bundle import (
+    BuildError,
+    Bundle,
+    Component,
+    Engine,
+    find_engine,
+    read_engine,
+    seal_engine,
+    writing_engine,
+)
 from allaprima.engine.verify import measure_error
 from allaprima.runtime.backends import choose, compile_engine, key_of
 
@@ -39,7 +48,7 @@ def build_bundle(
     cache: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Built, ...]:
-    """Make sure that the cache holds a verified engine of every component that the backend can compile.
+    """Make sure that the cache holds a verified engine of every component.
 
     Args:
         bundle: an opened bundle.
@@ -50,7 +59,7 @@ def build_bundle(
 
     Raises:
         BackendError: the backend does not work here, or cannot compute a graph in the precision.
-        BuildError: the cache cannot be written, or an engine's outputs are not finite.
+        BuildError: the cache cannot be written, or an engine's outputs are not those of its graph.
     """
     name = choose(backend)
     built = []
@@ -85,8 +94,7 @@ def _build_component(
     with writing_engine(key, cache) as folder:
         stages.enter("compile")
         started = time.perf_counter()
-        graph = bundle.path(component.graph)
-        main = compile_engine(graph, component, folder, backend, precision=key.precision)
+        main = _compile(bundle, component, folder, backend, key.precision)
         seconds = time.perf_counter() - started
         stages.enter("verify")
         error = measure_error(bundle, name, main, backend, key.precision)
@@ -95,3 +103,10 @@ def _build_component(
             folder, key, bundle=bundle.manifest.name, main=main.name, seconds=seconds, error=error
         )
     return Built(name, folder.with_name(key.folder), engine, reused=False)
+
+
+def _compile(bundle: Bundle, component: Component, folder: Path, backend: str, precision: str) -> Path:
+    try:
+        return compile_engine(bundle.path(component.graph), component, folder, backend, precision=precision)
+    except OSError as cause:
+        raise BuildError(f"the engine cache {folder.parent} cannot be written: {cause.strerror}") from cause

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from allaprima.bundle import VERSION, Engine, cache_folder, engines
+from allaprima.bundle import VERSION, Engine, engines
 from allaprima.runtime.backends import BackendInfo, backends
 
 
@@ -29,19 +30,21 @@ def entries(cache: Path | None = None) -> tuple[Entry, ...]:
 
 
 def prune(cache: Path | None = None) -> tuple[Entry, ...]:
-    """Remove what is stale; what was removed."""
-    removed = tuple(entry for entry in entries(cache) if entry.stale)
-    for entry in removed:
-        shutil.rmtree(entry.folder, ignore_errors=True)
-    return removed
+    """Remove what is stale; what was removed. A build that runs meanwhile counts as unfinished, and fails."""
+    return _remove(entry for entry in entries(cache) if entry.stale)
 
 
 def clear(cache: Path | None = None) -> tuple[Entry, ...]:
     """Remove every engine; what was removed. Files in the folder that are not engines stay."""
-    removed = entries(cache or cache_folder())
-    for entry in removed:
+    return _remove(entries(cache))
+
+
+def _remove(unwanted: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Those that are gone afterwards: others may hold a file open, or own it."""
+    tried = tuple(unwanted)
+    for entry in tried:
         shutil.rmtree(entry.folder, ignore_errors=True)
-    return removed
+    return tuple(entry for entry in tried if not entry.folder.exists())
 
 
 def _stale(engine: Engine | None, installed: dict[str, BackendInfo]) -> str:

@@ -42,7 +42,8 @@ def export_checkpoint(
     Args:
         source: a diffusers folder, or a hub id.
         target: the bundle's folder; it appears when everything in it is written and checked, or not at all.
-        precision: of the weights and of the networks' arithmetic, "fp16", "fp32" or "bf16"; graph edges are float32.
+        precision: of the weights and of the networks' arithmetic, "fp16", "fp32" or "bf16"; graph edges are
+            float32.
         name: what the bundle calls itself; by default the target's folder name.
         overwrite: replace an existing bundle.
         progress: called before each stage.
@@ -55,13 +56,14 @@ def export_checkpoint(
         raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
     family = read_family(open_checkpoint(source))
     plans = family.plans(DTYPES[precision])
-    stages = _Stages(progress, 3 * len(plans))
+    stages = _Stages(progress, 3 * len(plans) + 1)
     with BundleWriter(target, overwrite=overwrite) as writer:
         write_tokenizer(family.checkpoint, writer.folder / family.tokenizer.file)
         components = {
             part: _export_component(make, part, precision, family, writer.folder, stages)
             for part, make in plans.items()
         }
+        stages.enter("seal")
         return writer.commit(_manifest(family, name or Path(target).resolve().name, precision, components))
 
 
@@ -89,10 +91,17 @@ def _export_component(
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))
     inputs, outputs = plan.inputs, plan.outputs
+    _release(plan.module)
     del plan
     gc.collect()
     errors = parity.check(part, folder / graph, precision, trials)
     return Component(graph, precision, inputs, outputs, errors)
+
+
+def _release(module: torch.nn.Module) -> None:
+    """Give the weights' memory back: torch's exporter keeps the parameters alive when the module is gone."""
+    for weight in module.parameters():
+        weight.data = torch.empty(0)
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:
@@ -117,5 +126,8 @@ def _manifest(family: Family, name: str, precision: str, components: Mapping[str
         latent=family.latent,
         defaults=family.defaults,
         history=HISTORY,
-        versions={"allaprima": VERSION, **{library: importlib.metadata.version(library) for library in libraries}},
+        versions={
+            "allaprima": VERSION,
+            **{library: importlib.metadata.version(library) for library in libraries},
+        },
     )

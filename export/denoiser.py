@@ -38,7 +38,8 @@ class Denoiser(torch.nn.Module):
             noise: this step's noise, zeros where the sampler draws none, [B,C,H,W].
             timestep: [B], may be fractional.
             input_scale: c_in, [B].
-            guidance: weight of each branch, [G,B]; classifier-free guidance with scale s has the rows 1-s and s.
+            guidance: weight of each branch, [G,B]; classifier-free guidance with scale s has the rows 1-s
+                and s.
             to_prediction: p and q of `prediction = p*sample + q*output`, [B,2].
             bounds: the prediction is clamped to ±bounds, [B]; 3e38 leaves it alone.
             update: [B,3+S], `next = u0*sample + u1*prediction + u2*noise + sum_k u(3+k)*history_k`.

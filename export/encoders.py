@@ -1,4 +1,4 @@
-"""The graphs around the denoiser: text encoder, image decoder and encoder, each ending in what the next stage takes."""
+"""The graphs around the denoiser: text encoder, image decoder and encoder, each made for the next stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TextEncoder(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """States after the final layer norm. No attention mask: Stable Diffusion attends to the padding too."""
+        """States after the final layer norm. No attention mask: Stable Diffusion attends to padding too."""
         states: Tensor = self.model(input_ids).last_hidden_state
         return states.float()
 

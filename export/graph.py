@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX file: opset 23, standard operators, dynamic axes, every weight under its own name."""
+"""From a torch module to an ONNX file: opset 23, standard operators, dynamic axes, named weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from onnxscript import optimizer
 
 from allaprima.bundle import ExportError, TensorSpec
+from allaprima.export.reason import reason
 
 OPSET = 23
 """The first opset with `Attention`, which every backend fuses or takes apart by itself."""
@@ -26,8 +27,8 @@ OPSET = 23
 class GraphPlan:
     """A module and how to trace it.
 
-    `example` maps each input, in the order of the module's forward, to an example tensor; `axes` names its dynamic
-    axes (axis → name, or `torch.export.Dim`); `inputs` and `outputs` are the contract with the runtime.
+    `example` maps each input, in the order of the module's forward, to an example tensor; `axes` names its
+    dynamic axes (axis → name, or `torch.export.Dim`); `inputs` and `outputs` are the runtime's contract.
     """
 
     name: str
@@ -41,12 +42,23 @@ class GraphPlan:
 def write_graph(plan: GraphPlan, path: Path) -> None:
     """Trace the module and write `path` (graph) and `path`.data (weights).
 
-    Weight names survive: folding is on but for the transposes of weights, so that weights can be swapped later.
+    Weights keep their names and layout, so that they can be swapped later: only what does not depend on them
+    is folded.
 
     Raises:
-        ExportError: the module does not trace, or the graph is not valid ONNX.
+        ExportError: the module does not trace, the graph is not valid ONNX, or the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    model = _trace(plan)
+    _strip(model)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        onnx_ir.save(model, path, external_data=path.name + ".data")
+    except OSError as cause:
+        raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
+    _check(plan, model, path)
+
+
+def _trace(plan: GraphPlan) -> onnx_ir.Model:
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -61,25 +73,30 @@ def write_graph(plan: GraphPlan, path: Path) -> None:
                 verbose=False,
             )
             if program is None:
-                raise ExportError(f"{plan.name}: torch.onnx.export gave no program")
-            optimizer.optimize_ir(program.model, should_fold=_keeps_weights)
-    except ExportError:
-        raise
+                raise ExportError("torch.onnx.export gave no program")
+            with _hidden(program.model, plan.module.state_dict().keys()):
+                optimizer.optimize_ir(program.model)
+            return program.model
     except Exception as cause:
-        raise ExportError(f"{plan.name} does not trace to ONNX: {cause}") from cause
-    _strip(program.model)
-    onnx_ir.save(program.model, path, external_data=path.name + ".data")
-    _check(plan, path)
+        raise ExportError(f"{plan.name} does not trace to ONNX: {reason(cause)}") from cause
 
 
-def _keeps_weights(node: Any) -> bool | None:
-    """Whether the optimizer may fold this node; None leaves it to its own rules."""
-    weight = node.inputs[0] if node.inputs else None
-    return False if node.op_type == "Transpose" and weight is not None and weight.is_initializer() else None
+@contextlib.contextmanager
+def _hidden(model: onnx_ir.Model, names: Iterable[str]) -> Iterator[None]:
+    """Take these initializers' values away: the unknown can be neither folded nor merged with its equal."""
+    weights = [model.graph.initializers[name] for name in names if name in model.graph.initializers]
+    tensors = [weight.const_value for weight in weights]
+    for weight in weights:
+        weight.const_value = None
+    try:
+        yield
+    finally:
+        for weight, tensor in zip(weights, tensors, strict=True):
+            weight.const_value = tensor
 
 
 def _strip(model: onnx_ir.Model) -> None:
-    """Remove debugging metadata: it holds absolute paths of this machine and nine tenths of the graph's size."""
+    """Remove debugging metadata: it holds absolute paths of this machine, and nine tenths of all bytes."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
@@ -92,16 +109,17 @@ def _strip(model: onnx_ir.Model) -> None:
             value.metadata_props.clear()
 
 
-def _check(plan: GraphPlan, path: Path) -> None:
+def _check(plan: GraphPlan, model: onnx_ir.Model, path: Path) -> None:
     """The file must be valid, free of foreign operators, and have the tensors of the contract."""
+    foreign = sorted({f"{node.domain}.{node.op_type}" for node in model.graph.all_nodes() if node.domain})
+    if foreign or model.functions:
+        named = [*foreign, *(f"{function.domain}.{function.name}" for function in model.functions.values())]
+        raise ExportError(f"{plan.name}: operators outside the standard: {', '.join(named)}")
     try:
         onnx.checker.check_model(str(path))
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as cause:
-        raise ExportError(f"{plan.name}: the exported graph is not valid ONNX: {cause}") from cause
-    foreign = sorted({f"{node.domain}.{node.op_type}" for node in graph.node if node.domain})
-    if foreign:
-        raise ExportError(f"{plan.name}: operators outside the standard: {', '.join(foreign)}")
+        raise ExportError(f"{plan.name}: the exported graph is not valid ONNX: {reason(cause)}") from cause
     for specs, values in ((plan.inputs, graph.input), (plan.outputs, graph.output)):
         wanted, got = [spec.name for spec in specs], [value.name for value in values]
         if wanted != got:

@@ -1,8 +1,9 @@
-"""The gate at the end of an export: the graph must agree with the torch module on random inputs of other shapes."""
+"""The gate at the end of an export: on random inputs of other shapes, graph and torch module must agree."""
 
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +15,20 @@ from numpy.typing import NDArray
 
 from allaprima.bundle import ExportError, Parity, TensorSpec
 from allaprima.export.graph import GraphPlan
+from allaprima.export.reason import reason
 
 Arrays = dict[str, NDArray[np.generic]]
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-2}
-"""Largest difference over the reference's standard deviation. bf16 graphs are checked widened to float32, since
-ONNX Runtime's CPU has no bf16 kernels: what is checked is the graph and its weights, not the rounding."""
+"""Largest difference over the reference's standard deviation. bf16 graphs are checked widened to float32,
+since ONNX Runtime's CPU has no bf16 kernels: this checks the graph and its weights, not the rounding."""
 LEVELS = {"fp32": 1, "fp16": 8, "bf16": 1}
 """Largest difference of 8-bit images, in levels."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of inputs and what the torch module (in float32, with the graph's rounded weights) made of them."""
+    """Inputs, and what the torch module made of them in float32 with the graph's rounded weights."""
 
     extents: Mapping[str, int]
     inputs: Arrays
@@ -54,18 +56,15 @@ def check(name: str, path: Path, precision: str, trials: Sequence[Trial]) -> tup
     Raises:
         ExportError: an output that is not finite, or differs by more than the precision's tolerance.
     """
-    session = _open(path, widen=precision == "bf16")
-    return tuple(_compare(name, precision, trial, session) for trial in trials)
-
-
-def _open(path: Path, widen: bool) -> _Session:
-    return _Session(_widened(path) if widen else str(path))
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
+        session = _Session(_widen(path, Path(folder)) if precision == "bf16" else path)
+        return tuple(_compare(name, precision, trial, session) for trial in trials)
 
 
 class _Session:
     """ONNX Runtime without optimizations, which would copy the weights."""
 
-    def __init__(self, model: str | bytes) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             import onnxruntime
         except ImportError as cause:
@@ -76,9 +75,9 @@ class _Session:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as cause:
-            raise ExportError(f"ONNX Runtime refuses the exported graph: {cause}") from cause
+            raise ExportError(f"ONNX Runtime refuses the exported graph: {reason(cause)}") from cause
 
     def run(self, inputs: Arrays) -> list[NDArray[np.generic]]:
         return list(self.session.run(None, inputs))
@@ -106,7 +105,7 @@ def _compare(name: str, precision: str, trial: Trial, session: _Session) -> Pari
 def _draw(
     plan: GraphPlan, spec: TensorSpec, extents: Mapping[str, int], random: np.random.Generator
 ) -> NDArray[np.generic]:
-    """Random values for one input: token ids within the vocabulary, timesteps within the schedule, else normal."""
+    """Random values for one input: ids within the vocabulary, timesteps within the schedule, else normal."""
     shape = spec.resolve(extents)
     if spec.dtype == "int64":
         return random.integers(0, _vocabulary(plan.module), shape)
@@ -123,8 +122,8 @@ def _vocabulary(module: torch.nn.Module) -> int:
     return next(part.num_embeddings for part in module.modules() if isinstance(part, torch.nn.Embedding))
 
 
-def _widened(path: Path) -> bytes:
-    """The graph with every bf16 tensor in float32."""
+def _widen(path: Path, folder: Path) -> Path:
+    """Write the graph with every bf16 tensor in float32; weights beside it, as a graph is at most 2 GB."""
     model = onnx.load(str(path))
     wide, narrow = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
     for tensor in model.graph.initializer:
@@ -140,7 +139,9 @@ def _widened(path: Path) -> bytes:
     for value in itertools.chain(model.graph.input, model.graph.output):
         if value.type.tensor_type.elem_type == narrow:
             value.type.tensor_type.elem_type = wide
-    return bytes(model.SerializeToString())
+    wide_path = folder / path.name
+    onnx.save(model, wide_path, save_as_external_data=True, location=f"{path.name}.data")
+    return wide_path
 
 
 def _as_float32(tensor: onnx.TensorProto) -> NDArray[np.float32]:

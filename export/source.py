@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from allaprima.bundle import ExportError
+from allaprima.export.reason import reason
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WEIGHTS = (".safetensors",)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+INDEX = "model_index.json"
+_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
 @dataclass(frozen=True)
@@ -30,25 +32,43 @@ class Checkpoint:
         """The pipeline class that the checkpoint names."""
         return str(self.index["_class_name"])
 
+    def kind(self, part: str) -> str:
+        """The class that the index names for a part; ExportError if it names none."""
+        entry = self.index.get(part)
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+            raise ExportError(f"'{self.folder / INDEX}' names no class for the {part}: it is incomplete")
+        return entry[1]
+
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """The configuration file of one part, as it is."""
         return _read_json(self.folder / part / file)
+
+    def check(self, part: str) -> Any:
+        """The class of a part's model, before anything of it is loaded.
+
+        Raises:
+            ExportError: a class this exporter does not know, or weights that are missing or pickled.
+        """
+        kind = _model_class(part, self.kind(part))
+        _require_safetensors(self.folder / part)
+        return kind
 
     def load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
         """The model of one part with its weights in `dtype`, ready to trace.
 
         Raises:
-            ExportError: a class this exporter does not know, or files that are missing, broken or pickled.
+            ExportError: as `check`, or files that are broken.
         """
-        kind = _model_class(part, str(self.index.get(part, [None, None])[1]))
-        _require_safetensors(self.folder / part)
+        kind = self.check(part)
         try:
             with _silent():
                 model = kind.from_pretrained(
                     self.folder / part, use_safetensors=True, local_files_only=True, dtype=dtype
                 )
         except Exception as cause:
-            raise ExportError(f"{self.folder / part} cannot be loaded as {kind.__name__}: {cause}") from cause
+            raise ExportError(
+                f"{self.folder / part} cannot be loaded as {kind.__name__}: {reason(cause)}"
+            ) from cause
         module: torch.nn.Module = model.eval().requires_grad_(False)
         return module
 
@@ -60,28 +80,40 @@ def open_checkpoint(source: str) -> Checkpoint:
         ExportError: no such folder or id, no model_index.json in it, or one that cannot be read.
     """
     if not source.strip():
-        raise ExportError("the checkpoint path is empty: name a diffusers folder or a hub id such as owner/model")
+        raise ExportError(
+            "the checkpoint path is empty: name a diffusers folder or a hub id such as owner/model"
+        )
     folder = Path(source).expanduser()
     if not folder.exists() and _HUB_ID.fullmatch(source):
         folder = _download(source)
     if folder.is_file():
-        raise ExportError(f"'{source}' is a file: single-file checkpoints are not supported yet, convert it to a folder")
+        raise ExportError(
+            f"'{source}' is a file: single-file checkpoints are not supported yet, convert it to a folder"
+        )
     if not folder.is_dir():
-        raise ExportError(f"'{source}' does not exist: name a diffusers folder or a hub id such as owner/model")
-    if not (folder / "model_index.json").is_file():
-        raise ExportError(f"'{source}' is not a diffusers checkpoint: it has no model_index.json")
-    index = _read_json(folder / "model_index.json")
+        raise ExportError(
+            f"'{source}' does not exist: name a diffusers folder or a hub id such as owner/model"
+        )
+    if not (folder / INDEX).is_file():
+        raise ExportError(f"'{source}' is not a diffusers checkpoint: it has no {INDEX}")
+    index = _read_json(folder / INDEX)
     if not isinstance(index.get("_class_name"), str):
-        raise ExportError(f"'{folder / 'model_index.json'}' names no pipeline class (_class_name)")
+        raise ExportError(f"'{folder / INDEX}' names no pipeline class (_class_name)")
     return Checkpoint(folder, index)
 
 
 def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*/*.json", "*/*.safetensors", "*/*.txt"]
+    # Only what is read: a repository may also hold the same weights in other precisions and as one file.
+    wanted = [f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "safetensors")]
+    unwanted = ["*.fp16*", "*.bf16*", "*.non_ema*"]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                source, allow_patterns=[INDEX, "generation_config.json", *wanted], ignore_patterns=unwanted
+            )
+        )
     except Exception as cause:
         raise ExportError(
             f"'{source}' is no folder here and cannot be downloaded as a hub id "
@@ -127,10 +159,13 @@ def _silent() -> Iterator[None]:
 def _require_safetensors(folder: Path) -> None:
     if not folder.is_dir():
         raise ExportError(f"the checkpoint has no folder '{folder.name}': it is incomplete")
-    if any(file.suffix in _WEIGHTS for file in folder.iterdir()):
+    suffixes = {file.suffix for file in folder.iterdir()}
+    if ".safetensors" in suffixes:
         return
-    if any(file.suffix in (".bin", ".ckpt", ".pt", ".pth") for file in folder.iterdir()):
-        raise ExportError(f"'{folder}' holds pickled weights, which can run code: convert them to safetensors")
+    if suffixes & {".bin", ".ckpt", ".pt", ".pth"}:
+        raise ExportError(
+            f"'{folder}' holds pickled weights, which can run code: convert them to safetensors"
+        )
     raise ExportError(f"'{folder}' holds no safetensors weights: the checkpoint is incomplete")
 
 
@@ -140,7 +175,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as cause:
         raise ExportError(f"'{path}' cannot be read: {cause.strerror}") from cause
     except ValueError as cause:
-        raise ExportError(f"'{path}' is not JSON: {cause}") from cause
+        raise ExportError(f"'{path}' is not JSON: {reason(cause)}") from cause
     if not isinstance(value, dict):
         raise ExportError(f"'{path}' is not a JSON object")
     return value

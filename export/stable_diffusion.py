@@ -13,10 +13,12 @@ from allaprima.bundle import Defaults, ExportError, Latent, TensorSpec, Tokenize
 from allaprima.export.denoiser import Denoiser
 from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
 from allaprima.export.graph import GraphPlan
+from allaprima.export.reason import reason
 from allaprima.export.source import Checkpoint
 
 HISTORY = 4
 """S: what the longest multistep samplers (PLMS, LMS of order 4) look back on."""
+MODELS = ("unet", "vae", "text_encoder")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 
 
@@ -89,10 +91,11 @@ class Family:
 
     def _vae_decoder(self, dtype: torch.dtype) -> GraphPlan:
         vae = self.checkpoint.load("vae", dtype)
+        config: Any = vae.config
         scale = self.latent.downscale
         return GraphPlan(
             name="vae_decoder",
-            module=ImageDecoder(vae, vae.config.scaling_factor),
+            module=ImageDecoder(vae, float(config.scaling_factor)),
             example={"sample": torch.randn(2, self.latent.channels, 6, 10)},
             axes={"sample": {0: "B", 2: "H", 3: "W"}},
             inputs=(TensorSpec("sample", "float32", ("B", self.latent.channels, "H", "W")),),
@@ -121,45 +124,73 @@ def read_family(checkpoint: Checkpoint) -> Family:
     if checkpoint.pipeline not in PIPELINES:
         known = ", ".join(PIPELINES)
         raise ExportError(f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known}")
-    unet, vae, text = (checkpoint.config(part) for part in ("unet", "vae", "text_encoder"))
-    channels = int(vae.get("latent_channels", 4))
-    if unet.get("in_channels", 4) != channels:
-        raise ExportError(
-            f"the UNet takes {unet['in_channels']} channels, the autoencoder makes {channels}: "
-            "inpainting and other widened UNets are not supported yet"
-        )
-    if unet.get("time_cond_proj_dim") or unet.get("class_embed_type") or unet.get("addition_embed_type"):
-        raise ExportError("the UNet takes conditions beyond the prompt: such models are not supported yet")
-    text_width = int(text["hidden_size"])
-    if unet.get("cross_attention_dim") != text_width:
-        raise ExportError(
-            f"the UNet expects text states of width {unet.get('cross_attention_dim')}, "
-            f"the text encoder makes {text_width}: they do not belong together"
-        )
-    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    latent = Latent(channels, downscale, downscale * 2 ** (len(unet["block_out_channels"]) - 1))
+    for part in MODELS:
+        checkpoint.check(part)
+    unet, vae, text = (checkpoint.config(part) for part in MODELS)
+    channels = _whole(vae, "vae", "latent_channels")
+    text_width = _whole(text, "text_encoder", "hidden_size")
+    _check_unet(unet, channels, text_width)
+    downscale = 2 ** (_levels(vae, "vae") - 1)
+    latent = Latent(channels, downscale, downscale * 2 ** (_levels(unet, "unet") - 1))
     return Family(
         checkpoint=checkpoint,
         latent=latent,
-        tokenizer=_read_tokenizer(checkpoint, int(text["max_position_embeddings"])),
+        tokenizer=_read_tokenizer(checkpoint, _whole(text, "text_encoder", "max_position_embeddings")),
         scheduler=read_scheduler(checkpoint),
         defaults=_read_defaults(checkpoint, unet, latent),
         text_width=text_width,
     )
 
 
+def _check_unet(unet: Mapping[str, Any], channels: int, text_width: int) -> None:
+    """ExportError unless the UNet goes from latents of `channels` and text of `text_width` to latents."""
+    taken, made = (_whole(unet, "unet", f"{side}_channels") for side in ("in", "out"))
+    if taken != channels:
+        raise ExportError(
+            f"the UNet takes {taken} channels, the autoencoder makes {channels}: "
+            "inpainting and other widened UNets are not supported yet"
+        )
+    if made != channels:
+        raise ExportError(
+            f"the UNet makes {made} channels of {channels}: learned variances are not supported yet"
+        )
+    if unet.get("time_cond_proj_dim") or unet.get("class_embed_type") or unet.get("addition_embed_type"):
+        raise ExportError("the UNet takes conditions beyond the prompt: such models are not supported yet")
+    if unet.get("cross_attention_dim") != text_width:
+        raise ExportError(
+            f"the UNet expects text states of width {unet.get('cross_attention_dim')}, "
+            f"the text encoder makes {text_width}: they do not belong together"
+        )
+
+
+def _whole(config: Mapping[str, Any], part: str, field: str) -> int:
+    value = config.get(field)
+    if type(value) is not int or value < 1:
+        raise ExportError(f"{field} in the config.json of {part} should be a positive number, not {value!r}")
+    return value
+
+
+def _levels(config: Mapping[str, Any], part: str) -> int:
+    value = config.get("block_out_channels")
+    if not (isinstance(value, list) and value):
+        raise ExportError(f"block_out_channels in the config.json of {part} should be a list, not {value!r}")
+    return len(value)
+
+
 def read_scheduler(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The scheduler's full configuration, as StableDiffusionPipeline corrects it when it loads (offset 1, no clipping)."""
+    """The scheduler's full configuration as StableDiffusionPipeline corrects it: offset 1, no clipping."""
     import diffusers
 
-    name = str(checkpoint.index.get("scheduler", [None, None])[1])
-    kind = getattr(diffusers, name, None)
-    if kind is None:
+    name = checkpoint.kind("scheduler")
+    kind: Any = getattr(diffusers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not known:
         raise ExportError(f"the checkpoint's scheduler is of class {name}, which diffusers does not have")
+    given = checkpoint.config("scheduler", "scheduler_config.json")
     try:
-        config = dict(kind.from_pretrained(checkpoint.folder / "scheduler").config)
+        config = dict(kind.from_config(given).config)
     except Exception as cause:
-        raise ExportError(f"the scheduler's configuration cannot be read: {cause}") from cause
+        raise ExportError(f"the scheduler's configuration is not usable: {reason(cause)}") from cause
     # Named even where the class has no such field, since another sampler may be made from this configuration.
     forced = {"steps_offset": 1, "clip_sample": False}
     defaulted = [field for field in config.get("_use_default_values", []) if field not in forced]
@@ -167,9 +198,13 @@ def read_scheduler(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the tokenizer as one file of the `tokenizers` library."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _load_tokenizer(checkpoint).backend_tokenizer.save(str(path))
+    """Write the tokenizer as one file of the `tokenizers` library; ExportError if the disk refuses."""
+    tokenizer = _load_tokenizer(checkpoint).backend_tokenizer
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(path))
+    except Exception as cause:  # the library has no error class of its own
+        raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -178,7 +213,9 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
     except Exception as cause:
-        raise ExportError(f"the tokenizer in '{checkpoint.folder}' cannot be loaded: {cause}") from cause
+        raise ExportError(
+            f"the tokenizer in '{checkpoint.folder}' cannot be loaded: {reason(cause)}"
+        ) from cause
 
 
 def _read_tokenizer(checkpoint: Checkpoint, length: int) -> TokenizerSpec:
@@ -190,14 +227,20 @@ def _read_tokenizer(checkpoint: Checkpoint, length: int) -> TokenizerSpec:
 
 
 def _read_defaults(checkpoint: Checkpoint, unet: Mapping[str, Any], latent: Latent) -> Defaults:
-    """The trained size; steps and guidance from an optional generation_config.json, else the pipeline's own."""
-    side = int(unet.get("sample_size") or 64) * latent.downscale
+    """The trained size; steps and guidance from generation_config.json or the pipeline's."""
+    size = unet.get("sample_size") or 64
     chosen: Mapping[str, Any] = {}
     if (checkpoint.folder / "generation_config.json").is_file():
         chosen = checkpoint.config(".", "generation_config.json")
     try:
+        height, width = size if isinstance(size, list) else (size, size)
         return Defaults(
-            side, side, int(chosen.get("num_inference_steps", 50)), float(chosen.get("guidance_scale", 7.5))
+            height=int(height) * latent.downscale,
+            width=int(width) * latent.downscale,
+            num_inference_steps=int(chosen.get("num_inference_steps", 50)),
+            guidance_scale=float(chosen.get("guidance_scale", 7.5)),
         )
     except (TypeError, ValueError) as cause:
-        raise ExportError(f"generation_config.json is not usable: {cause}") from cause
+        raise ExportError(
+            f"the checkpoint's defaults (generation_config.json) are not usable: {reason(cause)}"
+        ) from cause

@@ -47,8 +47,9 @@ class Driver(Protocol):
 class BackendInfo:
     """A backend and whether it works here.
 
-    `version`, `device` and `precisions` (the default first) are empty where it does not; `reason` then says why,
-    and `remedy` what to do about it. `converts`: a graph runs in any of these precisions, whatever its weights are.
+    `version`, `device` and `precisions` (the default first) are empty where it does not; `reason` then says
+    why, and `remedy` what to do about it. `converts`: a graph runs in any of these precisions, whatever its
+    weights are stored in.
     """
 
     name: str
@@ -127,7 +128,7 @@ def compile_engine(
 
 
 def engine_precision(component: Component, backend: str, precision: str | None) -> str:
-    """What a component computes in with a backend that works here, given what was asked for (None: its choice)."""
+    """What a component computes in with a backend that works here; None leaves it to the backend."""
     chosen = _known_precision(precision)
     info = _probe(backend)
     return chosen or (info.precisions[0] if info.converts else component.precision)

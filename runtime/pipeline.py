@@ -14,7 +14,16 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from allaprima.bundle import VERSION, BackendError, Bundle, BundleError, RequestError, find_engine, open_bundle, resolve
+from allaprima.bundle import (
+    VERSION,
+    BackendError,
+    Bundle,
+    BundleError,
+    RequestError,
+    find_engine,
+    open_bundle,
+    resolve,
+)
 from allaprima.runtime.backends import choose, key_of, open_session
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.request import Request, Settings

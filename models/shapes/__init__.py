@@ -1,1 +1,1 @@
-"""`shapes`: a latent diffusion model in the Stable Diffusion layout that paints coloured shapes from captions."""
+"""`shapes`: a latent diffusion model in Stable Diffusion's layout that paints coloured shapes."""

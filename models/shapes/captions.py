@@ -1,4 +1,4 @@
-"""Captions: varied natural English for a scene, and what a reader should take from each (the labels of the text task)."""
+"""Captions: varied natural English for a scene, and what a reader should take from it as labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ KIND_WORDS = {
     "triangle": ("triangle",),
     "heart": ("heart", "heart", "heart shape"),
 }
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge"), "medium": ("", "", "", "medium-sized")}
+SIZE_WORDS = {
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "medium": ("", "", "", "medium-sized"),
+}
 RELATION_WORDS = {
     "above": ("above", "above", "over", "on top of", "higher than"),
     "below": ("below", "below", "under", "beneath", "underneath", "lower than"),
@@ -44,7 +48,8 @@ LEADS = ("a picture of", "an image of", "a drawing of", "a painting of", "an ill
 class Labels:
     """What a caption says, as class indices; 0 stands for "not said" or "nothing there".
 
-    Of two related things the first is the upper or the left one, whichever way the caption is worded.
+    Of two related things the first is the upper or the left one, whichever way the caption is worded; of an
+    unrelated pair the one named first.
     """
 
     background: int
@@ -59,7 +64,8 @@ class Labels:
 
 _THING = (len(KINDS) + 1, len(COLOURS) + 1, len(SIZES) + 1)
 CLASSES = (len(COLOURS) + 1, 5, *_THING, *_THING, len(PLACES) + 1)
-"""Number of classes of each label. Arrangement: nothing, single, side by side, one above the other, unrelated pair."""
+"""Number of classes of each label. Arrangements: nothing, single, side by side, one above the other, and an
+unrelated pair."""
 NOTHING = Labels(0, 0, ((0, 0, 0), (0, 0, 0)), 0)
 
 
@@ -114,9 +120,8 @@ def _place(place: str, random: np.random.Generator, terse: bool) -> str:
 def _pair(scene: Scene, random: np.random.Generator, terse: bool) -> str:
     first, second = scene.things
     relation = scene.relation
-    if random.random() < 0.5:
-        first, second = second, first
-        relation = OPPOSITE[relation] if relation else None
+    if relation is not None and random.random() < 0.5:
+        first, second, relation = second, first, OPPOSITE[relation]
     a, b = _noun(first, random, terse, definite=False), _noun(second, random, terse, definite=False)
     if relation is None:
         link = ", " if terse else str(random.choice((" and ", " and ", " with ", " next to ", " beside ")))

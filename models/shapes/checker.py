@@ -1,7 +1,7 @@
-"""The picture checker: looks at pixels, says which shapes in which colours it sees and where, and compares with a scene.
+"""The picture checker: which shapes in which colours the pixels show and where, compared with a scene.
 
-It knows nothing of the model: the picture is split into background and connected components, each component's colour
-is the nearest of the palette to its median, its shape the outline it overlaps best.
+It knows nothing of the model: the picture is split into background and connected components, each component's
+colour is the nearest of the palette to its median, its shape the outline it overlaps best.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from allaprima.models.shapes.scenes import COLOURS, KINDS, PALETTE, Scene, Thing
 GRID = 64
 """Side of the square onto which outlines are stretched for comparison."""
 FOREGROUND = 48.0
-"""Distance from the background, in RGB units, from which a pixel belongs to a shape (palette colours are 90 apart)."""
+"""Distance from the background, in RGB units, from which a pixel belongs to a shape; no two colours of the
+palette are nearer than 83."""
 SMALLEST = 0.006
 """Smallest area of a shape over the square of the picture's shorter side."""
 LIKENESS = 0.7
@@ -55,7 +56,9 @@ class Verdict:
 def look(picture: Picture) -> tuple[str, tuple[Seen, ...]]:
     """Background colour and shapes of a uint8 [height, width, 3] picture, largest shape first."""
     pixels = picture.astype(np.float32)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, 0], pixels[:, -1]])
+    border = np.concatenate(
+        [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, 0], pixels[:, -1]]
+    )
     names = _nearest(border)
     ground = int(np.bincount(names, minlength=len(COLOURS)).argmax())
     centre = np.median(border[names == ground], axis=0)
@@ -92,7 +95,9 @@ def score(scenes: Sequence[Scene], paint: Callable[[int, Scene], Picture]) -> Sc
     """Judge the picture that `paint(index, scene)` makes for every scene."""
     verdicts = [judge(scene, paint(index, scene)) for index, scene in enumerate(scenes)]
     related = [verdict.relation for verdict in verdicts if verdict.relation is not None]
-    failures = [index for index, verdict in enumerate(verdicts) if not verdict.things or verdict.relation is False]
+    failures = [
+        index for index, verdict in enumerate(verdicts) if not verdict.things or verdict.relation is False
+    ]
     things = sum(verdict.things for verdict in verdicts) / len(verdicts)
     return Score(len(verdicts), things, sum(related) / max(1, len(related)), tuple(failures))
 

@@ -1,4 +1,4 @@
-"""Score `shapes` on held-out captions: python -m allaprima.models.shapes.evaluate [BUNDLE or diffusers folder]."""
+"""Score `shapes` on held-out captions: python -m allaprima.models.shapes.evaluate [BUNDLE or CHECKPOINT]."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def main() -> None:
     report = {"captions": result.captions, "things": result.things, "relation": result.relation}
     print(json.dumps({**report, "failures": [texts[index] for index in result.failures[:20]]}, indent=2))
     if options.grid:
-        rows = [np.concatenate(pictures[k : k + 8], axis=1) for k in range(0, min(48, len(pictures)) // 8 * 8, 8)]
+        rows = [
+            np.concatenate(pictures[k : k + 8], axis=1) for k in range(0, min(48, len(pictures)) // 8 * 8, 8)
+        ]
         Image.fromarray(np.concatenate(rows)).save(options.grid)
 
 

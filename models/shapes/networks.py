@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -35,9 +36,11 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=50, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=50, end_of_word_suffix="</w>", show_progress=False
+    )
     tokenizer.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
@@ -64,7 +67,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def autoencoder() -> AutoencoderKL:
-    """A KL autoencoder with factor 8 and 4 latent channels; one norm group, since more wash out flat colours."""
+    """A KL autoencoder, factor 8 and 4 latent channels; one norm group, since more wash out flat colours."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,

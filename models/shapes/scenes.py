@@ -1,4 +1,4 @@
-"""Scenes of one or two coloured shapes: drawn at random, rendered with antialiasing, split into training and held out."""
+"""Scenes of one or two coloured shapes: drawn at random, rendered, split into training and held out."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def draw_scene(random: np.random.Generator, width: int = 128, height: int = 128)
     background = "white" if random.random() < 0.4 else str(random.choice(COLOURS))
     if random.random() < 0.35:
         place = str(random.choice(PLACES)) if random.random() < 0.5 else None
-        thing = _place_alone(random, _draw_thing(random, background, ALONE, min(width, height)), width, height, place)
+        thing = _place_alone(
+            random, _draw_thing(random, background, ALONE, min(width, height)), width, height, place
+        )
         return Scene(width, height, background, (thing,), place=place)
     relation = str(random.choice(RELATIONS)) if random.random() < 0.8 else None
     while True:
@@ -115,10 +117,14 @@ def _draw_thing(
 ) -> Thing:
     colour = str(random.choice([name for name in COLOURS if name != background]))
     size = str(random.choice(SIZES, p=(0.2, 0.6, 0.2)))
-    return Thing(str(random.choice(KINDS)), colour, size, 0.0, 0.0, float(random.uniform(*radii[size])) * side)
+    return Thing(
+        str(random.choice(KINDS)), colour, size, 0.0, 0.0, float(random.uniform(*radii[size])) * side
+    )
 
 
-def _place_alone(random: np.random.Generator, thing: Thing, width: int, height: int, place: str | None) -> Thing:
+def _place_alone(
+    random: np.random.Generator, thing: Thing, width: int, height: int, place: str | None
+) -> Thing:
     """Move the thing to a random point at which it lies inside the canvas (and in the named ninth of it)."""
     margin = thing.radius + 3.0
     words = place.split() if place else []
@@ -128,7 +134,12 @@ def _place_alone(random: np.random.Generator, thing: Thing, width: int, height: 
 
 
 def _coordinate(
-    random: np.random.Generator, side: int, margin: float, ends: tuple[str, str], words: list[str], named: bool
+    random: np.random.Generator,
+    side: int,
+    margin: float,
+    ends: tuple[str, str],
+    words: list[str],
+    named: bool,
 ) -> float:
     low, high, band = margin, side - margin, 0.05 * side
     if ends[0] in words:
@@ -157,7 +168,20 @@ def outline(kind: str) -> list[tuple[float, float]]:
         return [(radius * math.cos(angle), radius * math.sin(angle) + 0.05) for angle, radius in turns]
     if kind == "cross":
         a, b = 0.32, 0.95
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     if kind == "heart":
         angles = [2 * math.pi * k / 64 for k in range(64)]
         return [
@@ -170,8 +194,10 @@ def outline(kind: str) -> list[tuple[float, float]]:
     raise ValueError(f"no outline for {kind!r}")
 
 
-def draw_kind(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, colour: object, hole: object) -> None:
-    """Draw one shape on a canvas; `hole` is the colour seen through a ring. Lengths in pixels of that canvas."""
+def draw_kind(
+    draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, colour: object, hole: object
+) -> None:
+    """Draw one shape, lengths in pixels of the canvas; `hole` is the colour that is seen through a ring."""
     if kind in ("circle", "ring"):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)  # type: ignore[arg-type]
         if kind == "ring":
@@ -188,5 +214,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     canvas = Image.new("RGB", (scene.width * k, scene.height * k), background)
     draw = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        draw_kind(draw, thing.kind, thing.x * k, thing.y * k, thing.radius * k, PALETTE[thing.colour], background)
+        draw_kind(
+            draw, thing.kind, thing.x * k, thing.y * k, thing.radius * k, PALETTE[thing.colour], background
+        )
     return np.asarray(canvas.reduce(k), dtype=np.uint8)

@@ -20,7 +20,7 @@ def device() -> torch.device:
 
 
 def generator(*seed: int) -> np.random.Generator:
-    """A NumPy stream that depends on the given numbers alone (stage, seed, step), so a resumed run repeats itself."""
+    """A NumPy stream that depends on stage, seed and step alone, so that a resumed run repeats itself."""
     return np.random.default_rng(seed)
 
 
@@ -51,7 +51,11 @@ class Stage:
         self.folder, self.model, self.plan, self.every = folder, model, plan, every
         folder.mkdir(parents=True, exist_ok=True)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.99), fused=True
+            model.parameters(),
+            lr=plan.learning_rate,
+            weight_decay=plan.weight_decay,
+            betas=(0.9, 0.99),
+            fused=True,
         )
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.step = 0
@@ -63,8 +67,9 @@ class Stage:
             self.average, self.step = saved["average"], saved["step"]
 
     def train(self, loss_of: Callable[[int], torch.Tensor], until: int | None = None) -> None:
-        """Run to step `until` (default: the end of the plan). `loss_of(step)` gives the loss of a fresh batch."""
-        started, first, sums = time.perf_counter(), self.step, 0.0
+        """Run to step `until` (None: the plan's end); `loss_of(step)` gives the loss of a fresh batch."""
+        started, first = time.perf_counter(), self.step
+        losses: list[float] = []
         end = min(self.plan.steps, until if until is not None else self.plan.steps)
         while self.step < end:
             for group in self.optimizer.param_groups:
@@ -76,12 +81,12 @@ class Stage:
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             self._follow()
-            sums += loss.item()
+            losses.append(loss.item())
             if self.step % 50 == 0 or self.step == end:
                 seconds = (time.perf_counter() - started) / (self.step - first)
-                count = (self.step - first - 1) % 50 + 1
-                self._log(step=self.step, loss=round(sums / count, 5), seconds_per_step=round(seconds, 4))
-                sums = 0.0
+                mean = sum(losses) / len(losses)
+                self._log(step=self.step, loss=round(mean, 5), seconds_per_step=round(seconds, 4))
+                losses.clear()
             if self.step % self.every == 0 or self.step == end:
                 self.save()
 

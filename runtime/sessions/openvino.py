@@ -115,7 +115,10 @@ class OpenvinoSession:
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
         # A port answers to several names where the plugin elided the cast behind an input.
-        taken = [next((name for name in self.inputs if name in port.names), port.any_name) for port in compiled.inputs]
+        taken = [
+            next((name for name in self.inputs if name in port.names), port.any_name)
+            for port in compiled.inputs
+        ]
         check_names(self.inputs, taken, where)
         # Outputs beyond these are the ones that compile_graph added.
         found = {name for port in compiled.outputs for name in port.names}

@@ -21,7 +21,12 @@ def write_tiny(folder: Path) -> Path:
     tokenizer.save_pretrained(folder / "tokenizer")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **ids
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **ids,
     )
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -50,7 +55,9 @@ def write_tiny(folder: Path) -> Path:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     ).save_pretrained(folder / "scheduler")
     index = json.loads((SHAPES / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "PNDMScheduler"]}))
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", "PNDMScheduler"]})
+    )
     return folder
 
 
@@ -62,16 +69,28 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint in float32."""
-    return export_checkpoint(str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "tiny", precision="fp32")
+    return export_checkpoint(
+        str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "tiny", precision="fp32"
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint in float16."""
-    return export_checkpoint(str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "half", precision="fp16")
+    return export_checkpoint(
+        str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "half", precision="fp16"
+    )
 
 
 @pytest.fixture(scope="session")
 def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The project's own model in float32."""
     return export_checkpoint(str(SHAPES), tmp_path_factory.mktemp("bundles") / "shapes", precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny checkpoint in bfloat16."""
+    return export_checkpoint(
+        str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "bf16", precision="bf16"
+    )

@@ -41,7 +41,9 @@ def reference_of(folder: Path) -> Reference:
     def paint(sampler: str, *, seed: int, images: int, **settings: object) -> Pictures:
         pipeline.scheduler = SAMPLERS[sampler].from_config(own)
         generators = [torch.Generator("cpu").manual_seed(seed + k) for k in range(images)]
-        made = pipeline(PROMPT, num_images_per_prompt=images, generator=generators, output_type="np", **settings)
+        made = pipeline(
+            PROMPT, num_images_per_prompt=images, generator=generators, output_type="np", **settings
+        )
         return (made.images * 255).round().astype(np.uint8)
 
     return paint
@@ -59,7 +61,9 @@ def shapes(shapes_bundle: Bundle) -> Iterator[tuple[Reference, Pipeline]]:
         yield reference_of(SHAPES), pipeline
 
 
-def compare(pair: tuple[Reference, Pipeline], sampler: str, *, num_images: int = 1, **settings: object) -> float:
+def compare(
+    pair: tuple[Reference, Pipeline], sampler: str, *, num_images: int = 1, **settings: object
+) -> float:
     reference, pipeline = pair
     wanted = reference(sampler, seed=11, images=num_images, **settings)
     result = pipeline.generate(PROMPT, sampler=sampler, seed=11, num_images=num_images, **settings)  # type: ignore[arg-type]
@@ -94,7 +98,12 @@ def test_without_guidance(tiny: tuple[Reference, Pipeline], sampler: str) -> Non
 
 @pytest.mark.parametrize(
     ("steps", "width", "height", "negative", "images"),
-    [(5, 128, 128, "", 1), (20, 128, 128, "", 1), (5, 192, 128, "a green star", 3), (20, 128, 192, "a green star", 1)],
+    [
+        (5, 128, 128, "", 1),
+        (20, 128, 128, "", 1),
+        (5, 192, 128, "a green star", 3),
+        (20, 128, 192, "a green star", 1),
+    ],
 )
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_shapes(
@@ -122,4 +131,6 @@ def test_shapes(
 def test_openvino_in_fp32(tiny_checkpoint: Path, tiny_bundle: Bundle) -> None:
     with Pipeline.open(tiny_bundle.folder, backend="openvino", precision="fp32", threads=1) as pipeline:
         pair = reference_of(tiny_checkpoint), pipeline
-        assert compare(pair, "dpmpp_2m", num_inference_steps=10, guidance_scale=5.0, width=96, height=64) >= 50
+        assert (
+            compare(pair, "dpmpp_2m", num_inference_steps=10, guidance_scale=5.0, width=96, height=64) >= 50
+        )

@@ -1,0 +1,67 @@
+"""Results on disk: a JSON document that says how and where it was measured, and a table beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from allaprima.bundle import VERSION
+from allaprima.cli.machine import read_machine
+
+SCHEMA = 1
+RESULTS = Path(__file__).resolve().parent / "results"
+_LIBRARIES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "torch", "transformers")
+
+
+def stamp(command: str, model: str, threads: int) -> dict[str, Any]:
+    """What every result begins with: command, date, machine and versions."""
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": model,
+        "threads": threads,
+        "machine": asdict(read_machine()),
+        "versions": {"allaprima": VERSION, **{name: _version(name) for name in _LIBRARIES}},
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_result(folder: Path, name: str, result: Mapping[str, Any], lines: Sequence[str]) -> str:
+    """Write `name`.json and, beside it, `name`.md with the stamp and `lines`; the text of the latter."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    text = "\n".join(
+        [
+            f"# {name}",
+            "",
+            *lines,
+            "",
+            f"{machine['cpu']}, {result['threads']} threads ({', '.join(machine['features'])}); "
+            f"{machine['system']}; Python {machine['python']}; {versions}; {result['date']}.",
+            "",
+            f"    {result['command']}",
+            "",
+        ]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A markdown table, the first column to the left and all others to the right."""
+    rule = [":--", *["--:"] * (len(head) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]

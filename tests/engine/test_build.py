@@ -1,0 +1,316 @@
+"""Building a bundle's engines with real backends: what is kept, what is trusted, and what is left behind."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+import allaprima.engine.build
+import allaprima.runtime.pipeline
+from allaprima.bundle import BackendError, BuildError, Bundle, BundleError, find_engine, read_engine
+from allaprima.engine import Built, Progress, build_bundle, entries, prune
+from allaprima.runtime import Pipeline, backends
+
+from ..runtime.conftest import DENOISER, HEADER, TEXT_ENCODER
+
+AVAILABLE = [info.name for info in backends() if info.available]
+COMPONENTS = ["text_encoder", "denoiser", "vae_decoder"]
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def build(bundle: Bundle, backend: str, **options: Any) -> tuple[Built, ...]:
+    return build_bundle(bundle, backend=backend, precision="fp32", **options)
+
+
+def no_compiler(*_: Any, **__: Any) -> Path:
+    raise AssertionError("something is compiled that the cache has")
+
+
+def other_graph(text: str) -> Callable[..., Path]:
+    """A compiler that takes this graph instead of the bundle's."""
+    compile_engine = allaprima.engine.build.compile_engine
+
+    def compile_other(graph: Path, component: Any, folder: Path, *args: Any, **options: Any) -> Path:
+        onnx.save(onnx.parser.parse_model(HEADER + text), other := folder.parent / "other.onnx")
+        try:
+            return compile_engine(other, component, folder, *args, **options)
+        finally:
+            other.unlink()
+
+    return compile_other
+
+
+def paint(bundle: Bundle, backend: str) -> np.ndarray[Any, Any]:
+    with Pipeline.open(bundle.folder, backend=backend, precision="fp32", threads=1) as pipeline:
+        return np.asarray(pipeline.generate("a", seed=3).images[0])
+
+
+def test_build(bundle: Bundle, backend: str, cache: Path) -> None:
+    stages: list[Progress] = []
+    built = build(bundle, backend, progress=stages.append)
+    assert [one.component for one in built] == COMPONENTS
+    for one in built:
+        assert one.folder.parent == cache
+        assert not one.reused
+        assert read_engine(one.folder) == one.engine
+        assert one.engine.key.component == one.component
+        assert (one.engine.bundle, one.engine.key.backend) == ("tiny", backend)
+        assert one.engine.error < 1e-4
+        assert one.engine.size > 0
+        assert find_engine(one.engine.key) == one.folder / one.engine.main
+    assert [stage.done for stage in stages] == list(range(9))
+    assert {stage.total for stage in stages} == {9}
+    assert stages[1].stage == "text_encoder: verify"
+    assert [path.name for path in sorted(cache.iterdir())] == sorted(one.folder.name for one in built)
+
+
+def test_files_are_the_owners_alone(bundle: Bundle, backend: str) -> None:
+    for one in build(bundle, backend):
+        assert one.folder.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in one.folder.iterdir()} == {0o600}
+
+
+def test_engines_are_reused(bundle: Bundle, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(bundle, backend)
+    monkeypatch.setattr(allaprima.engine.build, "compile_engine", no_compiler)
+    second = build(bundle, backend)
+    assert all(one.reused for one in second)
+    assert [one.engine for one in second] == [one.engine for one in first]
+
+
+def test_pipeline_loads_from_the_cache(bundle: Bundle, backend: str) -> None:
+    """With the graphs overwritten (`open` looks at sizes only), there is nothing but the engines to load."""
+    wanted = paint(bundle, backend)
+    build(bundle, backend)
+    for role in COMPONENTS:
+        graph = bundle.path(bundle.component(role).graph)
+        graph.write_bytes(b"x" * graph.stat().st_size)
+    np.testing.assert_array_equal(paint(bundle, backend), wanted)
+    for one in entries():
+        (one.folder / "engine.json").unlink()
+    with pytest.raises(BackendError, match="cannot load"):
+        paint(bundle, backend)
+
+
+def truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def edit(path: Path, **fields: Any) -> None:
+    sidecar = path.with_name("engine.json")
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **fields}))
+
+
+def lead_out(path: Path) -> None:
+    """The sidecar names a file outside its folder, which is there and is whole."""
+    (path.parent.parent / "main").write_bytes(b"")
+    entry = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    edit(path, files={"../main": entry}, main="../main")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": truncate,
+    "one bit": flip,
+    "no main file": Path.unlink,
+    "empty": lambda main: main.write_bytes(b""),
+    "no sidecar": lambda main: main.with_name("engine.json").unlink(),
+    "half a sidecar": lambda main: truncate(main.with_name("engine.json")),
+    "not text": lambda main: main.with_name("engine.json").write_bytes(b"\xff\xfe\x00"),
+    "unknown field": lambda main: edit(main, colour="red"),
+    "missing main": lambda main: edit(main, main="other.blob"),
+    "a way out": lead_out,
+    "another key": lambda main: edit(main, key={**read_engine(main.parent).key.to_json(), "device": "x"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_engine_is_not_loaded(bundle: Bundle, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(bundle, "ort")
+    DAMAGES[damage](first[0].folder / first[0].engine.main)
+    assert find_engine(first[0].engine.key) is None
+    opened: list[Path | None] = []
+    open_session = allaprima.runtime.pipeline.open_session
+
+    def watch(*args: Any, engine: Path | None, **options: Any) -> Any:
+        opened.append(engine)
+        return open_session(*args, engine=engine, **options)
+
+    monkeypatch.setattr(allaprima.runtime.pipeline, "open_session", watch)
+    paint(bundle, "ort")
+    assert opened == [None, *(one.folder / one.engine.main for one in first[1:])]
+    second = build(bundle, "ort")
+    assert [one.reused for one in second] == [False, True, True]
+    assert find_engine(first[0].engine.key) == second[0].folder / second[0].engine.main
+    assert len(entries()) == 3
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, BackendError])
+def test_an_interrupted_build_leaves_nothing(
+    bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    def compile_half(graph: Path, component: object, folder: Path, *_: object, **__: object) -> Path:
+        (folder / "model.onnx").write_bytes(b"half")
+        raise stop
+
+    monkeypatch.setattr(allaprima.engine.build, "compile_engine", compile_half)
+    with pytest.raises(stop):
+        build(bundle, "ort")
+    assert list(cache.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+import allaprima.engine.build as build
+from allaprima.bundle import open_bundle
+
+def compile_half(graph, component, folder, *args, **options):
+    (folder / "model.onnx").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+build.compile_engine = compile_half
+build.build_bundle(open_bundle(sys.argv[1]), backend="ort", precision="fp32")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_a_killed_build_leaves_nothing_that_looks_finished(bundle: Bundle, cache: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(bundle.folder)]
+    done = subprocess.run(command, env={**os.environ, "ALLAPRIMA_CACHE": str(cache)}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = entries()
+    assert left.folder.name.startswith(".")
+    assert left.engine is None
+    assert left.stale == "unfinished or damaged"
+    assert not any(one.reused for one in build(bundle, "ort"))
+    assert [entry.folder for entry in prune()] == [left.folder]
+    assert all(one.reused for one in build(bundle, "ort"))
+
+
+@pytest.mark.parametrize("changed", ["version", "device"])
+def test_another_driver_or_device_is_another_engine(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    old = build(bundle, "ort")
+    monkeypatch.setattr(f"allaprima.runtime.sessions.ort.{changed}", lambda: "another")
+    new = build(bundle, "ort")
+    assert not any(one.reused for one in new)
+    assert {one.folder for one in old}.isdisjoint(one.folder for one in new)
+    assert {entry.folder for entry in prune()} == {one.folder for one in old}
+    assert {entry.folder for entry in entries()} == {one.folder for one in new}
+
+
+def test_precisions_are_kept_apart(bundle: Bundle) -> None:
+    info = next((info for info in backends() if info.converts and len(info.precisions) > 1), None)
+    if info is None:
+        pytest.skip("no backend here has a choice of precisions")
+    built = {
+        precision: build_bundle(bundle, backend=info.name, precision=precision)
+        for precision in info.precisions
+    }
+    assert len({one.folder for many in built.values() for one in many}) == 3 * len(info.precisions)
+    for precision, many in built.items():
+        assert {one.engine.key.precision for one in many} == {precision}
+        assert all(one.engine.error < 0.1 for one in many)
+    default = build_bundle(bundle, backend=info.name)
+    assert all(one.reused and one.engine.key.precision == info.precisions[0] for one in default)
+
+
+def test_a_precision_that_the_backend_lacks(bundle: Bundle, cache: Path) -> None:
+    with pytest.raises(BackendError, match="use the backend openvino, or export with --precision fp16"):
+        build_bundle(bundle, backend="ort", precision="fp16")
+    assert not cache.exists() or not list(cache.iterdir())
+    with pytest.raises(BackendError, match="unknown precision 'fp8'"):
+        build_bundle(bundle, backend="ort", precision="fp8")
+
+
+def test_unknown_backend(bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match="unknown backend 'abacus'"):
+        build_bundle(bundle, backend="abacus")
+
+
+def test_a_cache_that_cannot_be_written(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match=r"file/engines cannot be written .*ALLAPRIMA_CACHE"):
+        build(bundle, "ort", cache=tmp_path / "file" / "engines")
+    monkeypatch.setenv("ALLAPRIMA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="cannot be written"):
+        build(bundle, "ort")
+    paint(bundle, "ort")  # needs no cache
+
+
+def test_a_full_disk(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(allaprima.engine.build, "compile_engine", refuse)
+    with pytest.raises(BuildError, match="No space left on device"):
+        build(bundle, "ort")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_wrong_engine_is_refused(
+    bundle: Bundle, backend: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = TEXT_ENCODER.replace("= Sin", "= Cos")
+    monkeypatch.setattr(allaprima.engine.build, "compile_engine", other_graph(wrong))
+    with pytest.raises(BuildError, match=r"text_encoder: the engine in fp32 is off by \d"):
+        build(bundle, backend)
+    assert list(cache.iterdir()) == []
+
+
+def test_outputs_that_are_not_finite(
+    bundle: Bundle, backend: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = TEXT_ENCODER.replace("= Sin (phase)", "= Log (lower)").replace(
+        "last_hidden_state =", "lower = Neg (phase)\n last_hidden_state ="
+    )
+    monkeypatch.setattr(allaprima.engine.build, "compile_engine", other_graph(wrong))
+    with pytest.raises(BuildError, match="last_hidden_state is not finite in fp32"):
+        build(bundle, backend)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_graph_that_does_not_compile(bundle: Bundle, backend: str, cache: Path) -> None:
+    graph = bundle.path(bundle.component("text_encoder").graph)
+    graph.write_bytes(b"x" * graph.stat().st_size)
+    with pytest.raises(BackendError, match="cannot compile"):
+        build(bundle, backend)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_graph_that_is_not_its_manifests(
+    bundle: Bundle, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has the tensors of another component."""
+    monkeypatch.setattr(allaprima.engine.build, "compile_engine", other_graph(DENOISER))
+    with pytest.raises(BackendError, match="disagree"):
+        build(bundle, backend)
+
+
+def test_reading_what_is_no_engine(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a finished engine"):
+        read_engine(tmp_path)
