@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from allaprima.models.shapes.captions import caption
 from allaprima.models.shapes.checker import Picture, score
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--grid", type=Path, help="write the first 48 pictures as one")
+    parser.add_argument("--captioned", type=Path, help="write the first 12 pictures with their captions")
     options = parser.parse_args()
     scenes, texts = held_out(options.count)
     if (Path(options.model) / "model_index.json").exists():
@@ -95,6 +97,26 @@ def main() -> None:
             np.concatenate(pictures[k : k + 8], axis=1) for k in range(0, min(48, len(pictures)) // 8 * 8, 8)
         ]
         Image.fromarray(np.concatenate(rows)).save(options.grid)
+    if options.captioned:
+        captioned(pictures[:12], texts[:12]).save(options.captioned)
+
+
+def captioned(pictures: list[Picture], texts: list[str], columns: int = 4) -> Image.Image:
+    """The pictures, doubled, in rows, each above its caption."""
+    side, foot, gap = 256, 54, 16
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + foot + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+    for index, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        x = gap + index % columns * (side + gap)
+        y = gap + index // columns * (side + foot + gap)
+        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=(208, 208, 208))
+        draw.multiline_text(
+            (x, y + side + 5), textwrap.fill(text, 38), fill=(48, 48, 48), font=font, spacing=3
+        )
+    return sheet
 
 
 if __name__ == "__main__":
