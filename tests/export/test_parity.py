@@ -105,7 +105,7 @@ def test_without_guidance(tiny: tuple[Reference, Pipeline], sampler: str) -> Non
         (20, 128, 192, "a green star", 1),
     ],
 )
-# Not pndm: the model's configuration does not skip its Runge-Kutta phase, and the runtime refuses what it lacks.
+# Not pndm: the configuration does not skip its Runge-Kutta phase, and the runtime refuses what it lacks.
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "pndm"])
 def test_shapes(
     shapes: tuple[Reference, Pipeline],
