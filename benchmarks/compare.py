@@ -65,8 +65,12 @@ def measure(
     folder: Path,
     *,
     tell: Callable[[str], None] = lambda line: None,
+    keep: Callable[[list[Outcome]], object] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Measure all contestants in turns; their pictures go to `folder`."""
+    """Measure all contestants in turns; their pictures go to `folder`.
+
+    `keep` is given everything so far after every turn, so that what was measured outlives a run cut short.
+    """
     outcomes = [Outcome(each, folder / f"{each.name}.png") for each in contestants]
     for number in range(plan.rounds):
         for outcome in outcomes:
@@ -82,11 +86,16 @@ def measure(
             else:
                 outcome.trials.append(trial)
             tell(f"round {number + 1} of {plan.rounds}: {name}: {outcome.error or 'done'}")
+            keep(outcomes)
     return outcomes
 
 
 def describe(outcomes: Sequence[Outcome], steps: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """The results of all contestants by name, as they go into JSON; `psnr` is against REFERENCE's picture."""
+    """The results by name, as they go into JSON; `psnr` is against REFERENCE's picture.
+
+    Contestants that had no turn yet are left out.
+    """
+    outcomes = [each for each in outcomes if each.trials or each.error]
     pictures = {each.contestant.name: each.picture for each in outcomes if not each.error}
     reference = pictures.get(REFERENCE)
     found: dict[str, dict[str, Any]] = {}
@@ -176,18 +185,21 @@ def _compare(options: argparse.Namespace, command: str) -> str:
     settings = _settings(options, model)
     # Engines that a user built may be of other threads: everybody starts from the graphs.
     os.environ["ALLAPRIMA_CACHE"] = str(options.bundles / "no-engines")
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = measure(chosen, model, settings, plan, Path(folder), tell=_tell)
-        results = describe(outcomes, plan.steps)
-    name = options.name or model.name
-    asked = {"settings": asdict(settings), "plan": asdict(plan), "contestants": results}
     introduction = (
         f"{model.name}, {settings.width} × {settings.height}, batch 1, {settings.sampler}, "
         f"guidance {settings.guidance_scale:g}, {plan.rounds} rounds of {plan.repeats}."
     )
-    lines = [introduction, "", *tabulate(results, plan.steps)]
-    result = {**stamp(command, model.name, settings.threads), **asked}
-    return write_result(options.results, name, result, lines)
+    about = {**stamp(command, model.name, settings.threads), "settings": asdict(settings), "plan": asdict(plan)}
+
+    def write(outcomes: list[Outcome]) -> str:
+        results = describe(outcomes, plan.steps)
+        lines = [introduction, "", *tabulate(results, plan.steps)]
+        return write_result(
+            options.results, options.name or model.name, {**about, "contestants": results}, lines
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        return write(measure(chosen, model, settings, plan, Path(folder), tell=_tell, keep=write))
 
 
 def _settings(options: argparse.Namespace, model: Model) -> Settings:

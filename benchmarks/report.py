@@ -56,8 +56,10 @@ def write_result(folder: Path, name: str, result: Mapping[str, Any], lines: Sequ
         ]
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    for kind, content in (("json", json.dumps(result, indent=2) + "\n"), ("md", text)):
+        partial = folder / f"{name}.{kind}.partial"
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(folder / f"{name}.{kind}")
     return text
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ import onnx
 import onnx_ir
 import torch
 from onnxscript import optimizer
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from allaprima.bundle import ExportError, TensorSpec
 from allaprima.export.reason import reason
 
 OPSET = 23
 """The first opset with `Attention`, which every backend fuses or takes apart by itself."""
+WEIGHTS = "weights.safetensors"
+"""A graph's parameters, as external data of the ONNX file beside it."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,10 @@ class GraphPlan:
 
 
 def write_graph(plan: GraphPlan, path: Path) -> None:
-    """Trace the module and write `path` (graph) and `path`.data (weights).
+    """Trace the module and write `path` (graph) and, beside it, `WEIGHTS`.
 
     Weights keep their names and layout, so that they can be swapped later: only what does not depend on them
-    is folded.
+    is folded. A component that is exported as its checkpoint stores it has the checkpoint's very file.
 
     Raises:
         ExportError: the module does not trace, the graph is not valid ONNX, or the disk refuses.
@@ -52,8 +57,9 @@ def write_graph(plan: GraphPlan, path: Path) -> None:
     _strip(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        onnx_ir.save(model, path, external_data=path.name + ".data")
-    except OSError as cause:
+        _write_weights(plan.module.state_dict(), model, path.parent)
+        onnx_ir.save(model, path)
+    except (OSError, SafetensorError) as cause:
         raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
     _check(plan, model, path)
 
@@ -107,6 +113,35 @@ def _strip(model: onnx_ir.Model) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path) -> None:
+    """Move the parameters out of the graph, each under its name without the wrapper's prefix."""
+    initializers = model.graph.initializers
+    owners: dict[int, str] = {}
+    names = {
+        name: owners.setdefault(tensor.data_ptr(), name.partition(".")[2])  # tied weights are stored once
+        for name, tensor in state.items()
+        if name in initializers
+    }
+    stored = {saved: state[name].contiguous() for name, saved in reversed(names.items())}
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    with (folder / WEIGHTS).open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    for name, saved in names.items():
+        tensor = initializers[name].const_value
+        if tensor is not None:
+            first, last = header[saved]["data_offsets"]
+            initializers[name].const_value = onnx_ir.ExternalTensor(
+                WEIGHTS,
+                start + first,
+                last - first,
+                tensor.dtype,
+                name=name,
+                shape=onnx_ir.Shape(tensor.shape),
+                base_dir=folder,
+            )
 
 
 def _check(plan: GraphPlan, model: onnx_ir.Model, path: Path) -> None:

@@ -19,7 +19,7 @@ from allaprima.bundle import (
 
 FILES = {
     "denoiser/model.onnx": b"graph",
-    "denoiser/model.onnx.data": b"weights" * 1000,
+    "denoiser/weights.safetensors": b"weights" * 1000,
     "tokenizer/tokenizer.json": b"{}",
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -80,12 +81,12 @@ def autoencoder() -> AutoencoderKL:
     )
 
 
-def unet() -> UNet2DConditionModel:
+def unet(extra_channels: int = 0) -> UNet2DConditionModel:
     """A text-conditioned UNet with three levels, attention on the lower two."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
-        out_channels=4,
+        out_channels=4 + extra_channels,
         block_out_channels=(64, 96, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -94,3 +95,11 @@ def unet() -> UNet2DConditionModel:
         attention_head_dim=(2, 3, 4),
         norm_num_groups=8,
     )
+
+
+def cut_extra_channels(model: UNet2DConditionModel) -> None:
+    """Keep the four output channels that denoise; the others only helped to learn."""
+    full = model.conv_out
+    model.conv_out = torch.nn.Conv2d(full.in_channels, 4, full.kernel_size, padding=full.padding)
+    model.conv_out.load_state_dict({"weight": full.weight[:4], "bias": full.bias[:4]})
+    model.register_to_config(out_channels=4)

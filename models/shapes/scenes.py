@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,10 @@ CANVASES = ((128, 128), (192, 128), (128, 192))
 """Trained picture sizes, (width, height) in pixels."""
 
 # Radius of the enclosing circle over the shorter side of the picture.
-ALONE = {"small": (0.13, 0.17), "medium": (0.20, 0.25), "large": (0.30, 0.37)}
-PAIRED = {"small": (0.115, 0.14), "medium": (0.165, 0.195), "large": (0.215, 0.235)}
+ALONE = {"small": (0.17, 0.19), "medium": (0.25, 0.28), "large": (0.34, 0.37)}
+PAIRED = {"small": (0.14, 0.15), "medium": (0.175, 0.19), "large": (0.215, 0.225)}
+MARGIN = 3.0
+"""Pixels between a shape and the edge of the picture."""
 SUPERSAMPLING = 4
 HELD_OUT_SHARE = 16
 
@@ -89,11 +91,10 @@ def draw_scene(random: np.random.Generator, width: int = 128, height: int = 128)
         return Scene(width, height, background, (thing,), place=place)
     relation = str(random.choice(RELATIONS)) if random.random() < 0.8 else None
     while True:
-        things = tuple(_draw_thing(random, background, PAIRED, min(width, height)) for _ in range(2))
-        for _ in range(50):
-            first, second = (_place_alone(random, thing, width, height, None) for thing in things)
-            if _apart(first, second) and (relation is None or holds(relation, first, second, 1.5)):
-                return Scene(width, height, background, (first, second), relation=relation)
+        first, second = (_draw_thing(random, background, PAIRED, min(width, height)) for _ in range(2))
+        first, second = _place_pair(random, first, second, width, height, relation or "left of")
+        if _apart(first, second) and holds(relation or "left of", first, second, 1.5):
+            return Scene(width, height, background, (first, second), relation=relation)
 
 
 def draw_split(random: np.random.Generator, held_out: bool, width: int = 128, height: int = 128) -> Scene:
@@ -125,30 +126,38 @@ def _draw_thing(
 def _place_alone(
     random: np.random.Generator, thing: Thing, width: int, height: int, place: str | None
 ) -> Thing:
-    """Move the thing to a random point at which it lies inside the canvas (and in the named ninth of it)."""
-    margin = thing.radius + 3.0
+    """Put the thing near the middle, or near the middle of the named side or corner."""
     words = place.split() if place else []
-    x = _coordinate(random, width, margin, ("left", "right"), words, place is not None)
-    y = _coordinate(random, height, margin, ("top", "bottom"), words, place is not None)
-    return Thing(thing.kind, thing.colour, thing.size, x, y, thing.radius)
+    x = _coordinate(random, width, thing.radius, ("left", "right"), words)
+    y = _coordinate(random, height, thing.radius, ("top", "bottom"), words)
+    return replace(thing, x=x, y=y)
 
 
 def _coordinate(
-    random: np.random.Generator,
-    side: int,
-    margin: float,
-    ends: tuple[str, str],
-    words: list[str],
-    named: bool,
+    random: np.random.Generator, side: int, radius: float, ends: tuple[str, str], words: list[str]
 ) -> float:
-    low, high, band = margin, side - margin, 0.05 * side
+    low, high, band = radius + MARGIN, side - radius - MARGIN, 0.05 * side
     if ends[0] in words:
         return float(random.uniform(low, min(low + band, high)))
     if ends[1] in words:
         return float(random.uniform(max(high - band, low), high))
-    if named:
-        return float(random.uniform(side / 2 - band / 2, side / 2 + band / 2))
-    return float(random.uniform(low, high))
+    return float(random.uniform(max(side / 2 - band, low), min(side / 2 + band, high)))
+
+
+def _place_pair(
+    random: np.random.Generator, first: Thing, second: Thing, width: int, height: int, relation: str
+) -> tuple[Thing, Thing]:
+    """Put both things on one axis, each a quarter from its end, with a little play."""
+    beside = relation in ("left of", "right of")
+    length, across = (width, height) if beside else (height, width)
+    before = relation in ("left of", "above")
+    placed = []
+    for thing, quarter in ((first, 0.26 if before else 0.74), (second, 0.74 if before else 0.26)):
+        low, high = thing.radius + MARGIN, length - thing.radius - MARGIN
+        a = min(max(quarter * length + random.uniform(-0.02, 0.02) * length, low), high)
+        b = across / 2 + random.uniform(-0.05, 0.05) * across
+        placed.append(replace(thing, x=float(a if beside else b), y=float(b if beside else a)))
+    return placed[0], placed[1]
 
 
 def _apart(first: Thing, second: Thing) -> bool:

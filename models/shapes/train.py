@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,17 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from allaprima.models.shapes import networks
 from allaprima.models.shapes.captions import CLASSES, NOTHING, Labels, caption, labels
-from allaprima.models.shapes.scenes import CANVASES, Scene, draw_split, render
-from allaprima.models.shapes.training import Plan, Stage, batches, device, generator, psnr
+from allaprima.models.shapes.pool import (
+    CAPTIONS,
+    MAP_CLASSES,
+    Pool,
+    as_batch,
+    make_pool,
+    to_tensor,
+    token_ids,
+)
+from allaprima.models.shapes.scenes import CANVASES, draw_split, render
+from allaprima.models.shapes.training import Plan, Stage, autocast, device, generator, psnr
 
 SEED = 7
 EMPTY_SHARE = 0.1
@@ -31,12 +39,10 @@ CROPS, WHOLE = 1300, 1600
 CANVAS_SHARES = (0.7, 0.15, 0.15)
 DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 5.0}
 """Painted with unless a request says otherwise; `allaprima export` puts them into the bundle."""
-POOL = (36_000, 8_000, 8_000)
-
-
-def autocast() -> torch.autocast:
-    """bf16 matrix products; weights, sums and losses stay in float32."""
-    return torch.autocast(device().type, torch.bfloat16)
+POOL = (32_000, 6_000, 6_000)
+SCALING = 0.72957
+"""`scaling_factor` of the autoencoder."""
+FAINT = 0.4
 
 
 def draw_captions(random: np.random.Generator, count: int) -> tuple[list[str], list[Labels]]:
@@ -48,12 +54,6 @@ def draw_captions(random: np.random.Generator, count: int) -> tuple[list[str], l
         texts.append("" if empty else caption(scene, random))
         facts.append(NOTHING if empty else labels(scene))
     return texts, facts
-
-
-def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids int64 [B, 77] on the training device."""
-    encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    return torch.as_tensor(encoded.input_ids, device=device())
 
 
 class Reader(torch.nn.Module):
@@ -138,8 +138,35 @@ def train_autoencoder(work: Path) -> AutoencoderKL:
         pictures = as_batch([draw_split(generator(5, SEED, k), held_out=True) for k in range(64)])
         latents = vae.encode(pictures).latent_dist.mean
         print(f"vae: {psnr(vae.decode(latents).sample, pictures):.2f} dB on held-out pictures")
-        vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
+    whiten(vae, latents)
     return vae
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    """Give `latents` (float32 [B, 4, H, W]) mean 0 and uncorrelated channels by changing the 1 × 1 convolutions.
+
+    As learned, brightness has 13 times the variance of the weakest colour direction, so noise would hide most
+    colours until late. The three strong directions (colour) get variance 1; the weakest one, detail that the
+    decoder hardly looks at, a standard deviation of `FAINT`. Pictures stay as they were.
+    """
+    rows = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).double()
+    mean = rows.mean(0)
+    variance, directions = torch.linalg.eigh((rows - mean).T.cov())
+    scale = variance.rsqrt() / SCALING
+    scale[0] *= FAINT
+    forward, backward = scale[:, None] * directions.T, directions / scale
+    into, out = vae.quant_conv, vae.post_quant_conv
+    half = len(mean)
+    weight, bias = into.weight.flatten(1).double(), into.bias.double()
+    shares = forward.square() / forward.square().sum(1, keepdim=True)
+    log_scale = forward.square().sum(1).log()
+    into.weight.copy_(torch.cat([forward @ weight[:half], shares @ weight[half:]]).view_as(into.weight))
+    into.bias.copy_(torch.cat([forward @ (bias[:half] - mean), shares @ bias[half:] + log_scale]))
+    weight = out.weight.flatten(1).double()
+    out.bias.add_(weight @ mean)
+    out.weight.copy_((weight @ backward).view_as(out.weight))
+    vae.register_to_config(scaling_factor=SCALING)
 
 
 def crops(random: np.random.Generator, count: int, side: int) -> torch.Tensor:
@@ -152,80 +179,45 @@ def crops(random: np.random.Generator, count: int, side: int) -> torch.Tensor:
     return to_tensor(np.stack(rows))
 
 
-def as_batch(scenes: list[Scene]) -> torch.Tensor:
-    """Rendered scenes of one size, float32 [B, 3, height, width] in [-1, 1]."""
-    return to_tensor(np.stack([render(scene) for scene in scenes]))
+def train_unet(work: Path, pools: list[Pool], plan: Plan, until: int | None) -> UNet2DConditionModel:
+    """Learn to denoise (v prediction), high noise a little more often, where the composition is decided.
 
-
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 [B, height, width, 3] to float32 [B, 3, height, width] in [-1, 1]."""
-    return torch.from_numpy(pictures).to(device()).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-
-@torch.no_grad()
-def encode_pool(work: Path, vae: AutoencoderKL) -> list[tuple[list[Scene], torch.Tensor]]:
-    """Scenes and their latents for each canvas, encoded once: encoding costs as much as a training step."""
-    pool = []
-    vae.to(memory_format=torch.channels_last)  # encodes 2.6 times as fast on a CPU
-    for number, ((width, height), count) in enumerate(zip(CANVASES, POOL, strict=True)):
-        random = generator(6, SEED, number)
-        scenes = [draw_split(random, False, width, height) for _ in range(count)]
-        file = work / f"latents-{width}x{height}.npy"
-        if not file.exists():
-            rows = []
-            for part in batches(count, 64):
-                pictures = as_batch(scenes[part]).contiguous(memory_format=torch.channels_last)
-                with autocast():
-                    mean = vae.encode(pictures).latent_dist.mean
-                rows.append((mean.float() * vae.config.scaling_factor).half().cpu().numpy())
-            partial = file.with_suffix(".partial.npy")
-            np.save(partial, np.concatenate(rows))
-            partial.replace(file)
-        pool.append((scenes, torch.from_numpy(np.load(file))))
-    return pool
-
-
-def train_unet(
-    work: Path,
-    tokenizer: CLIPTokenizer,
-    encoder: CLIPTextModel,
-    vae: AutoencoderKL,
-    plan: Plan,
-    until: int | None,
-) -> UNet2DConditionModel:
-    """Learn to denoise (v prediction), high noise a little more often, where the composition is decided."""
+    Extra output channels must also say which shape and which colour each cell belongs to, at first with much
+    weight: what the caption says about a place is learned from that long before it shows in the noise. They
+    are cut off at the end.
+    """
     torch.manual_seed(SEED)
-    unet = networks.unet().to(device(), memory_format=torch.channels_last)
-    # On a CPU plain attention takes half the time of the fused one, whose backward pass is slow;
-    # compiling (two minutes for each picture size) takes half of that again.
+    unet = networks.unet(extra_channels=sum(MAP_CLASSES)).to(device(), memory_format=torch.channels_last)
+    # On a CPU plain attention takes half the time of the fused one, whose backward pass is slow. Do not
+    # compile: under autocast on a CPU, torch 2.13's compiled backward pass leaves most weights without gradient.
     unet.set_attn_processor(AttnProcessor())
-    compiled: Any = torch.compile(unet, dynamic=False)
     stage = Stage(work / "unet", unet, plan)
-    pool = encode_pool(work, vae)
     schedule = DDIMScheduler.from_config(networks.SCHEDULER)
-    encoder.requires_grad_(False)
 
     def loss_of(step: int) -> torch.Tensor:
         random = generator(8, SEED, step)
         torch.manual_seed(step)
-        scenes, latents = pool[int(random.choice(3, p=CANVAS_SHARES))]
-        count = 64 * 256 // (latents.shape[2] * latents.shape[3])
-        rows = random.integers(0, len(scenes), count)
-        texts = ["" if random.random() < EMPTY_SHARE else caption(scenes[row], random) for row in rows]
-        clean = latents[torch.from_numpy(rows)].to(device()).float()
+        pool = pools[int(random.choice(3, p=CANVAS_SHARES))]
+        count = 64 * 256 // pool.latents[0, 0].numel()
+        rows = torch.from_numpy(random.integers(0, len(pool.latents), count))
+        wordings = torch.from_numpy(random.integers(0, CAPTIONS, count))
+        states = pool.states[rows, wordings]
+        states[torch.from_numpy(random.random(count) < EMPTY_SHARE)] = pool.nothing
+        clean = pool.latents[rows].to(device()).float()
         times = torch.from_numpy((1000 * random.random(count) ** 0.75).astype(np.int64)).to(device())
         noise = torch.randn_like(clean)
-        noisy = schedule.add_noise(clean, noise, times)
-        target = schedule.get_velocity(clean, noise, times)
+        noisy = schedule.add_noise(clean, noise, times).contiguous(memory_format=torch.channels_last)
         with autocast():
-            with torch.no_grad():
-                states = encoder(token_ids(tokenizer, texts)).last_hidden_state.float()
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
-            guess = compiled(noisy, times, states, return_dict=False)[0]
-        return functional.mse_loss(guess.float(), target)
+            guess = unet(noisy, times, states.to(device()).float(), return_dict=False)[0]
+        drawn, *named = guess.float().split((4, *MAP_CLASSES), 1)
+        maps = pool.maps[rows].to(device()).long()
+        naming = sum(functional.cross_entropy(logits, maps[:, k]) for k, logits in enumerate(named))
+        weight = 0.1 * max(0.0, 1 - step / (0.7 * plan.steps))
+        return functional.mse_loss(drawn, schedule.get_velocity(clean, noise, times)) + weight * naming
 
     stage.train(loss_of, until)
     stage.finish()
+    networks.cut_extra_channels(unet)
     return unet
 
 
@@ -256,6 +248,23 @@ def write_checkpoint(
     (out / "generation_config.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
 
 
+def train_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in `folder`, trained first if it is not there."""
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    texts, _ = draw_captions(generator(9, SEED), 20_000)
+    return networks.train_tokenizer(texts, folder)
+
+
+def kept(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
+    """Tokenizer, text encoder and autoencoder of a checkpoint, on the training device."""
+    return (
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device()).eval(),
+        AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device()).eval(),
+    )
+
+
 def main() -> None:
     """Run the stages that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -268,20 +277,24 @@ def main() -> None:
         "--unet-steps", type=int, default=8000, help="length of the plan; may change on resuming"
     )
     parser.add_argument("--until", type=int, help="stop the UNet at this step and write what there is")
+    parser.add_argument("--keep", type=Path, help="checkpoint whose text encoder and autoencoder are kept")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    if (options.work / "tokenizer").exists():
-        tokenizer = CLIPTokenizer.from_pretrained(options.work / "tokenizer")
+    if options.keep:
+        tokenizer, encoder, vae = kept(options.keep)
     else:
-        texts, _ = draw_captions(generator(9, SEED), 20_000)
-        tokenizer = networks.train_tokenizer(texts, options.work / "tokenizer")
-    vae = train_autoencoder(options.work)
-    encoder = train_text(options.work, tokenizer, options.text_steps)
-    plan = Plan(options.unet_steps, 1e-3, warmup=200, cooldown=0.3, decay=0.9985)
-    unet = train_unet(options.work, tokenizer, encoder, vae, plan, options.until)
+        tokenizer = train_tokenizer(options.work / "tokenizer")
+        vae = train_autoencoder(options.work)
+        encoder = train_text(options.work, tokenizer, options.text_steps)
+    pools = [
+        make_pool(options.work / f"pool-{k}.pt", SEED, canvas, count, tokenizer, encoder, vae)
+        for k, (canvas, count) in enumerate(zip(CANVASES, POOL, strict=True))
+    ]
+    plan = Plan(options.unet_steps, 1e-3, warmup=200, cooldown=0.75, decay=0.999)
+    unet = train_unet(options.work, pools, plan, options.until)
     write_checkpoint(options.out, tokenizer, encoder, vae, unet)
 
 

@@ -19,6 +19,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast() -> torch.autocast:
+    """bf16 matrix products; weights, sums and losses stay in float32."""
+    return torch.autocast(device().type, torch.bfloat16)
+
+
 def generator(*seed: int) -> np.random.Generator:
     """A NumPy stream that depends on stage, seed and step alone, so that a resumed run repeats itself."""
     return np.random.default_rng(seed)

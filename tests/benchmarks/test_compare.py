@@ -92,12 +92,22 @@ def test_one_that_fails_is_listed_with_the_reason_and_not_asked_again(
     ]
     told: list[str] = []
     plan = compare.Plan((1, 2), rounds=2, repeats=1)
-    outcomes = compare.measure(contestants, model, SETTINGS, plan, tmp_path, tell=told.append)
+    kept: list[set[str]] = []
+    outcomes = compare.measure(
+        contestants,
+        model,
+        SETTINGS,
+        plan,
+        tmp_path,
+        tell=told.append,
+        keep=lambda outcomes: kept.append(set(compare.describe(outcomes, plan.steps))),
+    )
     results = compare.describe(outcomes, plan.steps)
     assert results["absent"]["error"] == "ModuleNotFoundError: no module named 'peer'"
     assert "memory" in results["killed"]["error"]
     assert results["fine"]["psnr"] is None
     assert len(told) == 4
+    assert kept == [{"absent"}, {"absent", "killed"}, *[{"absent", "killed", "fine"}] * 2]
     assert compare.tabulate(results, plan.steps)[-2:] == [
         "absent failed: ModuleNotFoundError: no module named 'peer'",
         "killed failed: the process was killed, perhaps for want of memory",

@@ -67,7 +67,7 @@ def test_a_folder_of_ones_own(tmp_path: Path, cache: Path) -> None:
 
 def test_key_says_what_the_bundle_says(bundle: Bundle) -> None:
     key = key_of(bundle)
-    assert set(key.graph) == {"denoiser/model.onnx", "denoiser/model.onnx.data"}
+    assert set(key.graph) == {"denoiser/model.onnx", "denoiser/weights.safetensors"}
     assert key.graph["denoiser/model.onnx"] == bundle.manifest.files["denoiser/model.onnx"].sha256
     assert (key.component, key.allaprima) == ("denoiser", VERSION)
 
@@ -81,7 +81,7 @@ def test_everything_in_the_key_counts(field: str) -> None:
     assert find_engine(other) is None
 
 
-@pytest.mark.parametrize("file", ["denoiser/model.onnx", "denoiser/model.onnx.data"])
+@pytest.mark.parametrize("file", ["denoiser/model.onnx", "denoiser/weights.safetensors"])
 def test_graph_and_weights_are_in_the_key(bundle: Bundle, file: str) -> None:
     files = {**bundle.manifest.files, file: FileEntry(5, "a" * 64)}
     changed = replace(bundle, manifest=replace(bundle.manifest, files=files))

@@ -27,7 +27,7 @@ def test_write_then_open(tmp_path: Path, write_bundle: WriteBundle, manifest: Ma
     bundle = open_bundle(str(folder), verify=True)
     assert replace(bundle.manifest, files={}) == manifest
     assert list(bundle.manifest.files) == sorted(bundle.manifest.files)
-    assert bundle.manifest.files["denoiser/model.onnx.data"].size == 7000
+    assert bundle.manifest.files["denoiser/weights.safetensors"].size == 7000
     assert bundle.path("denoiser/model.onnx").read_bytes() == b"graph"
     assert bundle.component("denoiser").precision == "fp16"
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
@@ -82,17 +82,17 @@ def test_manifest_errors_name_the_file(tmp_path: Path) -> None:
 
 def test_damage_is_found(tmp_path: Path, write_bundle: WriteBundle) -> None:
     folder = write_bundle(tmp_path / "tiny")
-    data = folder / "denoiser" / "model.onnx.data"
+    data = folder / "denoiser" / "weights.safetensors"
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
-    with pytest.raises(BundleError, match=r"model\.onnx\.data is truncated: 6999 bytes, should be 7000"):
+    with pytest.raises(BundleError, match=r"weights\.safetensors is truncated: 6999 bytes, should be 7000"):
         open_bundle(folder)
     data.write_bytes(whole + b"!")
     with pytest.raises(BundleError, match="too long: 7001 bytes"):
         open_bundle(folder)
     data.write_bytes(b"W" + whole[1:])
     open_bundle(folder)  # the size is right: only a verifying reader pays for the hash
-    with pytest.raises(BundleError, match=r"model\.onnx\.data is corrupt"):
+    with pytest.raises(BundleError, match=r"weights\.safetensors is corrupt"):
         open_bundle(folder, verify=True)
     data.unlink()
     with pytest.raises(BundleError, match="is missing"):

@@ -129,7 +129,7 @@ def test_nothing_of_this_machine_is_in_the_files(
     for trace in ("site-packages", "stack_trace", *map(str, here)):
         assert trace == "/" or trace.encode() not in data
     (entry,) = {entry.value for one in model.graph.initializer for entry in one.external_data[:1]}
-    assert entry == "model.onnx.data"
+    assert entry == "weights.safetensors"
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
@@ -290,7 +290,7 @@ def test_narrow_weights(
     assert dtype not in edges
     assert bundle.component(name).inputs == tiny_bundle.component(name).inputs
     assert bundle.component(name).outputs == tiny_bundle.component(name).outputs
-    data = [one.path(f"{name}/model.onnx.data").stat().st_size for one in (bundle, tiny_bundle)]
+    data = [one.path(f"{name}/weights.safetensors").stat().st_size for one in (bundle, tiny_bundle)]
     assert data[0] < 0.6 * data[1]
 
 
