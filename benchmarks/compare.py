@@ -189,7 +189,11 @@ def _compare(options: argparse.Namespace, command: str) -> str:
         f"{model.name}, {settings.width} × {settings.height}, batch 1, {settings.sampler}, "
         f"guidance {settings.guidance_scale:g}, {plan.rounds} rounds of {plan.repeats}."
     )
-    about = {**stamp(command, model.name, settings.threads), "settings": asdict(settings), "plan": asdict(plan)}
+    about = {
+        **stamp(command, model.name, settings.threads),
+        "settings": asdict(settings),
+        "plan": asdict(plan),
+    }
 
     def write(outcomes: list[Outcome]) -> str:
         results = describe(outcomes, plan.steps)

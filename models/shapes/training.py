@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+SEED = 7
+"""Of everything that is drawn in training."""
+
 
 def device() -> torch.device:
     """A GPU if there is one, else the CPU."""
