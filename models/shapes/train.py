@@ -101,7 +101,7 @@ def train_unet(work: Path, pools: list[Pool], plan: Plan, until: int | None) -> 
     torch.manual_seed(SEED)
     unet = networks.unet(extra_channels=sum(MAP_CLASSES)).to(device(), memory_format=torch.channels_last)
     # On a CPU plain attention takes half the time of the fused one, whose backward pass is slow. Do not
-    # compile: under autocast on a CPU, the compiled backward pass of torch 2.13 gives most weights no gradient.
+    # compile: under autocast on a CPU, torch 2.13 compiles a backward pass without most gradients.
     unet.set_attn_processor(AttnProcessor())
     stage = Stage(work / "unet", unet, plan)
     schedule = DDIMScheduler.from_config(networks.SCHEDULER)
