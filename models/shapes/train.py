@@ -28,7 +28,7 @@ EMPTY_SHARE = 0.1
 READ_AT = (76, 76, 75, 75, 75, 74, 74, 74, 76)
 """Token position from which each label is read: the last three, which see the whole caption."""
 CANVAS_SHARES = (0.7, 0.15, 0.15)
-DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 5.0}
+DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 """Painted with unless a request says otherwise; `allaprima export` puts them into the bundle."""
 POOL = (32_000, 6_000, 6_000)
 
