@@ -139,7 +139,7 @@ def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, fold
                 last - first,
                 tensor.dtype,
                 name=name,
-                shape=onnx_ir.Shape(tensor.shape),
+                shape=onnx_ir.Shape(state[name].shape),
                 base_dir=folder,
             )
 

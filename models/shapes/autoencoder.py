@@ -89,6 +89,39 @@ def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> None:
     vae.register_to_config(scaling_factor=SCALING)
 
 
+def sharpen(work: Path, vae: AutoencoderKL, steps: int) -> AutoencoderKL:
+    """Teach the decoder finer outlines; the encoder, and so every latent, stays as it is.
+
+    It learns on whole pictures, from latents a little off as a denoiser leaves them, with the pixels along
+    outlines weighing five times as much as flat ones.
+    """
+    torch.manual_seed(SEED)
+    vae.requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
+    drawing = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    plan = Plan(steps, 1e-3, warmup=50, cooldown=0.8, decay=0.99, weight_decay=0.0)
+    stage = Stage(work / "decoder", drawing, plan)
+
+    def loss_of(step: int) -> torch.Tensor:
+        random = generator(10, SEED, step)
+        torch.manual_seed(step)
+        pictures = as_batch([draw_split(random, held_out=False) for _ in range(8)])
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            with torch.no_grad():
+                latents = vae.encode(pictures).latent_dist.mean
+            painted = vae.decode(latents + 0.05 * torch.randn_like(latents)).sample
+        error = painted.float() - pictures
+        contrast = functional.max_pool2d(pictures, 5, 1, 2) + functional.max_pool2d(-pictures, 5, 1, 2)
+        weight = 1 + 4 * (contrast.amax(1, keepdim=True) > 0.1).float()
+        loss: torch.Tensor = (weight * (error.abs() + error.square())).mean()
+        return loss
+
+    stage.train(loss_of)
+    stage.finish()
+    return vae
+
+
 def crops(random: np.random.Generator, count: int, side: int) -> torch.Tensor:
     """Random square crops of fresh scenes, float32 [count, 3, side, side] in [-1, 1]."""
     rows = []

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from allaprima.models.shapes import networks
-from allaprima.models.shapes.autoencoder import train_autoencoder
+from allaprima.models.shapes.autoencoder import sharpen, train_autoencoder
 from allaprima.models.shapes.captions import CLASSES, NOTHING, Labels, caption, labels
 from allaprima.models.shapes.pool import CAPTIONS, MAP_CLASSES, Pool, make_pool, token_ids
 from allaprima.models.shapes.scenes import CANVASES, draw_split
@@ -31,6 +31,8 @@ CANVAS_SHARES = (0.7, 0.15, 0.15)
 DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 """Painted with unless a request says otherwise; `allaprima export` puts them into the bundle."""
 POOL = (32_000, 6_000, 6_000)
+SHARPEN = 1000
+"""Steps of the decoder alone, at the end."""
 
 
 def draw_captions(random: np.random.Generator, count: int) -> tuple[list[str], list[Labels]]:
@@ -148,6 +150,10 @@ def write_checkpoint(
     tokenizer.save_pretrained(out / "tokenizer")
     for name, model in (("text_encoder", encoder), ("vae", vae), ("unet", unet)):
         model.half().save_pretrained(out / name)
+        config = out / name / "config.json"
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)  # a path of the machine that trained
+        config.write_text(json.dumps(settings, indent=2) + "\n")
     DDIMScheduler.from_config(networks.SCHEDULER).save_pretrained(out / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -167,16 +173,18 @@ def write_checkpoint(
 def train_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer in `folder`, trained first if it is not there."""
     if folder.exists():
-        return CLIPTokenizer.from_pretrained(folder)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+        return tokenizer
     texts, _ = draw_captions(generator(9, SEED), 20_000)
     return networks.train_tokenizer(texts, folder)
 
 
 def kept(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
     """Tokenizer, text encoder and autoencoder of a checkpoint, on the training device."""
+    encoder: CLIPTextModel = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     return (
         CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device()).eval(),
+        encoder.to(device()).eval(),  # type: ignore[arg-type]
         AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device()).eval(),
     )
 
@@ -211,6 +219,7 @@ def main() -> None:
     ]
     plan = Plan(options.unet_steps, 1e-3, warmup=200, cooldown=0.75, decay=0.999)
     unet = train_unet(options.work, pools, plan, options.until)
+    vae = sharpen(options.work, vae, SHARPEN)
     write_checkpoint(options.out, tokenizer, encoder, vae, unet)
 
 
