@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="shapes")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--grid", type=Path, help="write the first 48 pictures as one")
     parser.add_argument("--captioned", type=Path, help="write the first 12 pictures with their captions")

@@ -28,10 +28,10 @@ EMPTY_SHARE = 0.1
 READ_AT = (76, 76, 75, 75, 75, 74, 74, 74, 76)
 """Token position from which each label is read: the last three, which see the whole caption."""
 CANVAS_SHARES = (0.7, 0.15, 0.15)
-DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 3.0}
+DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 2.0}
 """Painted with unless a request says otherwise; `allaprima export` puts them into the bundle."""
 POOL = (32_000, 6_000, 6_000)
-SHARPEN = 1000
+SHARPEN = 3000
 """Steps of the decoder alone, at the end."""
 
 
@@ -144,9 +144,10 @@ def write_checkpoint(
 ) -> None:
     """The diffusers folder, in fp16.
 
-    The UNet's weights keep bf16's eight significant bits, which git packs a sixth smaller.
+    The weights of UNet and autoencoder keep bf16's eight significant bits, which git packs a sixth smaller.
     """
     unet.bfloat16()
+    vae.bfloat16()
     tokenizer.save_pretrained(out / "tokenizer")
     for name, model in (("text_encoder", encoder), ("vae", vae), ("unet", unet)):
         model.half().save_pretrained(out / name)
