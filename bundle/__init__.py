@@ -9,6 +9,7 @@ from allaprima.bundle.engines import (
     find_engine,
     read_engine,
     seal_engine,
+    why_missing,
     writing_engine,
 )
 from allaprima.bundle.errors import (
@@ -30,6 +31,7 @@ from allaprima.bundle.manifest import (
     TensorSpec,
     TokenizerSpec,
 )
+from allaprima.bundle.profiles import Profile
 from allaprima.bundle.store import (
     Bundle,
     BundleWriter,
@@ -59,6 +61,7 @@ __all__ = [
     "Latent",
     "Manifest",
     "Parity",
+    "Profile",
     "RequestError",
     "TensorSpec",
     "TokenizerSpec",
@@ -73,5 +76,6 @@ __all__ = [
     "read_engine",
     "resolve",
     "seal_engine",
+    "why_missing",
     "writing_engine",
 ]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from allaprima.bundle.errors import BuildError, BundleError
 from allaprima.bundle.manifest import FileEntry
+from allaprima.bundle.profiles import Profile
 from allaprima.bundle.record import Record
 from allaprima.bundle.store import Bundle, hash_file
 from allaprima.bundle.version import VERSION
@@ -35,7 +36,7 @@ class EngineKey(Record):
     """Everything that can change an engine. Two engines with the same key are interchangeable.
 
     `graph` holds the sha256 of every file of the component, `device` names the processor in the backend's own
-    words.
+    words, `profiles` are the shapes it serves (none: all of the graph's), `flags` the builder's options.
     """
 
     component: str
@@ -44,6 +45,8 @@ class EngineKey(Record):
     backend_version: str
     device: str
     precision: str
+    profiles: tuple[Profile, ...]
+    flags: Mapping[str, str]
     allaprima: str
 
     @property
@@ -58,7 +61,8 @@ class Engine(Record):
     """The sidecar of an engine.
 
     `error` is the root mean square difference of its outputs from the same graph in float32, over the
-    standard deviation of the latter, measured on random inputs when it was built.
+    standard deviation of the latter, measured on random inputs when it was built; None if it was built for
+    a device that is not here.
     """
 
     key: EngineKey
@@ -66,7 +70,7 @@ class Engine(Record):
     main: str
     files: Mapping[str, FileEntry]
     build_seconds: float
-    error: float
+    error: float | None
 
     @property
     def size(self) -> int:
@@ -83,13 +87,23 @@ def cache_folder() -> Path:
 
 
 def engine_key(
-    bundle: Bundle, component: str, *, backend: str, backend_version: str, device: str, precision: str
+    bundle: Bundle,
+    component: str,
+    *,
+    backend: str,
+    backend_version: str,
+    device: str,
+    precision: str,
+    profiles: tuple[Profile, ...] = (),
+    flags: Mapping[str, str] | None = None,
 ) -> EngineKey:
     """The key of one component's engine for one backend on one device."""
     graph = bundle.component(component).graph
     inside = "".join(graph.rpartition("/")[:2])
     files = {path: entry.sha256 for path, entry in bundle.manifest.files.items() if path.startswith(inside)}
-    return EngineKey(component, files, backend, backend_version, device, precision, VERSION)
+    return EngineKey(
+        component, files, backend, backend_version, device, precision, profiles, flags or {}, VERSION
+    )
 
 
 def find_engine(key: EngineKey, cache: Path | None = None) -> Path | None:
@@ -100,13 +114,56 @@ def find_engine(key: EngineKey, cache: Path | None = None) -> Path | None:
     folder = (cache or cache_folder()) / key.folder
     try:
         engine = read_engine(folder)
-        whole = engine.key == key and all(
-            (folder / name).stat().st_size == entry.size and hash_file(folder / name) == entry.sha256
-            for name, entry in engine.files.items()
-        )
+        if _damage(folder, engine, key):
+            return None
     except (BundleError, OSError):
         return None
-    return folder / engine.main if whole else None
+    return folder / engine.main
+
+
+def why_missing(key: EngineKey, cache: Path | None = None) -> str:
+    """Why `find_engine` finds none: what is damaged, or in what the nearest other engine differs.
+
+    "" if nothing like it was ever built, or it is there.
+    """
+    folder = (cache or cache_folder()) / key.folder
+    if folder.exists():
+        try:
+            return _damage(folder, read_engine(folder), key)
+        except (BundleError, OSError) as cause:
+            return str(cause)
+    differences = []
+    for _, engine in engines(cache):
+        if engine is None or (engine.key.component, engine.key.backend) != (key.component, key.backend):
+            continue
+        old, new = engine.key.to_json(), key.to_json()
+        differences.append([name for name in old if old[name] != new[name]])
+        if len(differences[-1]) == 1 and (name := differences[-1][0]) in _TOLD:
+            return f"{_TOLD[name]} was {old[name]}, is {new[name]}"
+    nearest = min(differences, key=len, default=[])
+    return f"another {' and '.join(_TOLD.get(name, name) for name in nearest)}" if nearest else ""
+
+
+_TOLD = {
+    "backend_version": "the backend's version",
+    "device": "the device",
+    "precision": "precision",
+    "allaprima": "allaprima's version",
+}
+"""Parts of a key that are short enough to be told."""
+
+
+def _damage(folder: Path, engine: Engine, key: EngineKey) -> str:
+    """What is wrong with an engine's folder; OSError if a file is missing."""
+    if engine.key != key:
+        return f"{folder / SIDECAR} describes another engine"
+    for name, entry in engine.files.items():
+        size = (folder / name).stat().st_size
+        if size != entry.size:
+            return f"{folder / name} has {size} bytes, should have {entry.size}"
+        if hash_file(folder / name) != entry.sha256:
+            return f"{folder / name} is not what was built: its sha256 is another"
+    return ""
 
 
 def read_engine(folder: Path) -> Engine:
@@ -156,7 +213,7 @@ def writing_engine(key: EngineKey, cache: Path | None = None) -> Iterator[Path]:
 
 
 def seal_engine(
-    folder: Path, key: EngineKey, *, bundle: str, main: str, seconds: float, error: float
+    folder: Path, key: EngineKey, *, bundle: str, main: str, seconds: float, error: float | None
 ) -> Engine:
     """Hash what lies in `folder`, write the sidecar, and move it to its place in the cache.
 

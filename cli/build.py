@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from allaprima.bundle import open_bundle, resolve
 from allaprima.cli.output import add_json, add_quiet, print_json, print_table, progress_bar, show_bytes
+
+if TYPE_CHECKING:
+    from allaprima.engine import Built, Options
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +26,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", metavar="NAME", help="fp32, fp16 or bf16 (default: the backend's best)"
     )
+    parser.add_argument(
+        "--shapes",
+        metavar="WxH,...",
+        help="picture sizes, each compiled for itself (the model's own; tensorrt-rtx)",
+    )
+    parser.add_argument("--batch", metavar="N|N-M", help="pictures in a batch, from N to M (1; tensorrt-rtx)")
+    parser.add_argument(
+        "--target",
+        metavar="CC,...",
+        help="compute capabilities to compile for, as in 8.9,12.0 (8.0 and newer; tensorrt-rtx)",
+    )
+    parser.add_argument("--workspace", metavar="MIB", type=int, help="most scratch memory (tensorrt-rtx)")
+    parser.add_argument("--level", type=int, help="optimisation level, 0 to 5 (tensorrt-rtx)")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="another cache, to be copied to another machine"
+    )
     add_json(parser)
     add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Build what the cache lacks, and list what it now holds."""
-    from allaprima.engine import build_bundle
+    from allaprima.engine import build_bundle, parse_range, parse_sizes
 
     bundle = open_bundle(resolve(options.bundle))
     with progress_bar(quiet=options.quiet) as report:
@@ -34,27 +56,54 @@ def run(options: argparse.Namespace) -> None:
             bundle,
             backend=options.backend,
             precision=options.precision,
+            sizes=parse_sizes(options.shapes) if options.shapes is not None else (),
+            batch=parse_range(options.batch) if options.batch is not None else (1, 1),
+            options=_tensorrt(options),
+            cache=options.output,
             progress=lambda progress: report("build", progress.done, progress.total, progress.stage),
         )
     if options.json:
-        print_json(
-            [
-                {"folder": str(built.folder), "reused": built.reused, **built.engine.to_json()}
-                for built in engines
-            ]
-        )
+        print_json([_to_json(built) for built in engines])
     elif not options.quiet:
         print_table(
-            ("component", "backend", "precision", "size", "error against fp32", "built"),
-            [
-                (
-                    built.component,
-                    built.engine.key.backend,
-                    built.engine.key.precision,
-                    show_bytes(built.engine.size),
-                    f"{built.engine.error:.1e} of the deviation",
-                    "before" if built.reused else f"in {built.engine.build_seconds:.1f} s",
-                )
-                for built in engines
-            ],
+            ("component", "backend", "precision", "size", "error against fp32", "built"), map(_row, engines)
         )
+        profiles = [row for built in engines for row in _profiles(built)]
+        if profiles:
+            print_table(("component", "serves"), profiles)
+
+
+def _tensorrt(options: argparse.Namespace) -> Options | None:
+    """The options of the TensorRT family, None if there are none."""
+    from allaprima.engine import Options
+
+    if (options.target, options.workspace, options.level) == (None, None, None):
+        return None
+    targets = tuple(word.strip() for word in options.target.split(",")) if options.target is not None else ()
+    workspace = None if options.workspace is None else options.workspace * 2**20
+    return Options(targets, workspace, options.level)
+
+
+def _to_json(built: Built) -> dict[str, Any]:
+    engine = built.engine.to_json()
+    return {"folder": str(built.folder), "reused": built.reused, "reason": built.reason, **engine}
+
+
+def _row(built: Built) -> tuple[str, ...]:
+    engine = built.engine
+    error = "not run here" if engine.error is None else f"{engine.error:.1e} of the deviation"
+    how = "before" if built.reused else f"in {engine.build_seconds:.1f} s"
+    why = f" ({built.reason})" if built.reason else ""
+    return (
+        built.component,
+        engine.key.backend,
+        engine.key.precision,
+        show_bytes(engine.size),
+        error,
+        how + why,
+    )
+
+
+def _profiles(built: Built) -> Iterator[tuple[str, str]]:
+    for profile in built.engine.key.profiles:
+        yield built.component, profile.words()

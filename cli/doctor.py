@@ -17,11 +17,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Look, and tell."""
+    from allaprima.engine import compilers
     from allaprima.runtime import backends
 
     machine, found, bundles = read_machine(), backends(), builtin_names()
     if options.json:
         report = {"allaprima": VERSION, "machine": asdict(machine), "bundles": list(bundles)}
+        report |= {"compilers": [asdict(info) for info in compilers()]}
         print_json({**report, "backends": [asdict(info) for info in found]})
         return
     facts = [("allaprima", VERSION), *_facts(machine), ("built-in bundles", ", ".join(bundles) or "none")]
@@ -38,6 +40,10 @@ def run(options: argparse.Namespace) -> None:
             )
             for info in found
         ],
+    )
+    print_table(
+        ("compiles for other machines", "works", "version", "what to do"),
+        [(info.name, "yes" if info.available else "no", info.version, info.reason) for info in compilers()],
     )
 
 

@@ -1,6 +1,21 @@
-"""Engines: a bundle compiled for this machine, kept in a cache, checked before it is trusted."""
+"""Engines: a bundle compiled for a device, kept in a cache, checked before it is trusted."""
 
 from allaprima.engine.build import Built, Progress, build_bundle
 from allaprima.engine.cache import Entry, clear, entries, prune
+from allaprima.engine.shapes import parse_range, parse_sizes
+from allaprima.engine.tensorrt import CompilerInfo, Options, compilers
 
-__all__ = ["Built", "Entry", "Progress", "build_bundle", "clear", "entries", "prune"]
+__all__ = [
+    "Built",
+    "CompilerInfo",
+    "Entry",
+    "Options",
+    "Progress",
+    "build_bundle",
+    "clear",
+    "compilers",
+    "entries",
+    "parse_range",
+    "parse_sizes",
+    "prune",
+]

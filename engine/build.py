@@ -1,24 +1,32 @@
-"""Compile every graph of a bundle for one backend on this machine."""
+"""Compile every graph of a bundle for one backend."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from allaprima.bundle import (
     BuildError,
     Bundle,
-    Component,
     Engine,
+    EngineKey,
+    cache_folder,
     find_engine,
     read_engine,
     seal_engine,
+    why_missing,
     writing_engine,
 )
-from allaprima.engine.verify import measure_error
-from allaprima.runtime.backends import choose, compile_engine, key_of
+from allaprima.engine.shapes import Size
+from allaprima.engine.tensorrt import FLAVOURS, Options
+from allaprima.engine.toolchains import Native, TensorRT, Toolchain
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Built:
-    """One component's engine; `reused` says that the cache had it already."""
+    """One component's engine.
+
+    `reused` says that the cache had it already; else `reason` says why what the cache had would not do, ""
+    if it had nothing of the kind.
+    """
 
     component: str
     folder: Path
     engine: Engine
     reused: bool
+    reason: str = ""
 
 
 def build_bundle(
@@ -45,6 +58,9 @@ def build_bundle(
     *,
     backend: str = "auto",
     precision: str | None = None,
+    sizes: Sequence[Size] = (),
+    batch: tuple[int, int] = (1, 1),
+    options: Options | None = None,
     cache: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Built, ...]:
@@ -54,59 +70,135 @@ def build_bundle(
         bundle: an opened bundle.
         backend: "auto" or a backend's name.
         precision: "fp32", "fp16", "bf16"; None is the backend's choice for this machine.
+        sizes: width and height of pictures in pixels, for backends that compile for shapes; none is the
+            bundle's default.
+        batch: smallest and largest number of pictures in a batch, for the same backends.
+        options: of the TensorRT family.
         cache: the cache's folder; None is the user's.
         progress: called before each stage.
 
     Raises:
         BackendError: the backend does not work here, or cannot compute a graph in the precision.
         BuildError: the cache cannot be written, or an engine's outputs are not those of its graph.
+        RequestError: sizes or options that the backend or the model does not have.
     """
-    name = choose(backend)
+    toolchain = _toolchain(bundle, backend, precision, sizes, batch, options)
     built = []
     names = tuple(bundle.manifest.components)
     for index, component in enumerate(names):
-        stages = _Stages(progress, component, index, len(names))
-        built.append(_build_component(bundle, component, name, precision, cache, stages))
+        stages = _Stages(progress, component, len(toolchain.stages), index, len(names))
+        built.append(_build_component(bundle, component, toolchain, cache, stages))
     return tuple(built)
 
 
+def _toolchain(
+    bundle: Bundle,
+    backend: str,
+    precision: str | None,
+    sizes: Sequence[Size],
+    batch: tuple[int, int],
+    options: Options | None,
+) -> Toolchain:
+    if backend in FLAVOURS:
+        return TensorRT(bundle, backend, precision, sizes, batch, options or Options())
+    return Native(bundle, backend, precision, fixed=bool(sizes) or batch != (1, 1) or options is not None)
+
+
 class _Stages:
-    """Three stages per component: compile, verify, save."""
+    """The toolchain's stages for one component."""
 
     def __init__(
-        self, progress: Callable[[Progress], None] | None, component: str, index: int, count: int
+        self,
+        progress: Callable[[Progress], None] | None,
+        component: str,
+        stages: int,
+        index: int,
+        count: int,
     ) -> None:
-        self.progress, self.component, self.done, self.total = progress, component, 3 * index, 3 * count
+        self.progress, self.component = progress, component
+        self.done, self.total = stages * index, stages * count
 
     def enter(self, stage: str) -> None:
+        self.tell(stage)
+        self.done += 1
+
+    def tell(self, stage: str) -> None:
         if self.progress is not None:
             self.progress(Progress(f"{self.component}: {stage}", self.done, self.total))
-        self.done += 1
 
 
 def _build_component(
-    bundle: Bundle, name: str, backend: str, precision: str | None, cache: Path | None, stages: _Stages
+    bundle: Bundle, name: str, toolchain: Toolchain, cache: Path | None, stages: _Stages
 ) -> Built:
-    component = bundle.component(name)
-    key = key_of(bundle, name, backend, precision=precision)
+    key = toolchain.key(name)
     if found := find_engine(key, cache):
         return Built(name, found.parent, read_engine(found.parent), reused=True)
-    with writing_engine(key, cache) as folder:
-        stages.enter("compile")
-        started = time.perf_counter()
-        main = _compile(bundle, component, folder, backend, key.precision)
-        seconds = time.perf_counter() - started
-        stages.enter("verify")
-        error = measure_error(bundle, name, main, backend, key.precision)
-        stages.enter("save")
-        engine = seal_engine(
-            folder, key, bundle=bundle.manifest.name, main=main.name, seconds=seconds, error=error
-        )
-    return Built(name, folder.with_name(key.folder), engine, reused=False)
+    with _alone(key, cache, stages):
+        if found := find_engine(key, cache):  # another process has built it meanwhile
+            return Built(name, found.parent, read_engine(found.parent), reused=True)
+        reason = why_missing(key, cache)
+        with writing_engine(key, cache) as folder:
+            started = time.perf_counter()
+            try:
+                main = toolchain.compile(name, folder, stages.enter)
+            except OSError as cause:
+                raise _unwritable(folder.parent, cause) from cause
+            seconds = time.perf_counter() - started
+            stages.enter("verify")
+            error = toolchain.verify(name, main)
+            stages.enter("save")
+            engine = seal_engine(
+                folder, key, bundle=bundle.manifest.name, main=main.name, seconds=seconds, error=error
+            )
+    return Built(name, folder.with_name(key.folder), engine, reused=False, reason=reason)
 
 
-def _compile(bundle: Bundle, component: Component, folder: Path, backend: str, precision: str) -> Path:
+@contextmanager
+def _alone(key: EngineKey, cache: Path | None, stages: _Stages) -> Iterator[None]:
+    """Holds the lock of an engine: of two processes that want it, one builds and the other waits."""
+    lock = _lock(key.folder, cache or cache_folder())
     try:
-        return compile_engine(bundle.path(component.graph), component, folder, backend, precision=precision)
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            stages.tell("wait for another process that builds it")
+            lock.acquire()
     except OSError as cause:
-        raise BuildError(f"the engine cache {folder.parent} cannot be written: {cause.strerror}") from cause
+        raise _unwritable(Path(lock.lock_file).parent, cause) from cause
+    try:
+        yield
+    finally:
+        _remove(lock)
+        lock.release()
+
+
+def is_being_built(folder: Path) -> bool:
+    """Whether a process, this one included, is building into this unfinished folder of a cache."""
+    name = re.fullmatch(r"\.(.+-[0-9a-f]{24})\.\w+\.partial", folder.name)
+    if name is None:
+        return False
+    lock = _lock(name[1], folder.parent)
+    try:
+        with lock.acquire(timeout=0):
+            _remove(lock)
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+def _lock(name: str, cache: Path) -> FileLock:
+    return FileLock(cache / f".{name}.lock", mode=0o600)
+
+
+def _remove(lock: FileLock) -> None:
+    """Take a held lock's file away. Who waits for it goes on, and finds the engine, or builds it."""
+    with suppress(OSError):
+        os.unlink(lock.lock_file)
+
+
+def _unwritable(cache: Path, cause: OSError) -> BuildError:
+    return BuildError(
+        f"the engine cache {cache} cannot be written ({cause.strerror}): "
+        "set ALLAPRIMA_CACHE to another folder"
+    )

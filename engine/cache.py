@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from allaprima.bundle import VERSION, Engine, engines
+from allaprima.bundle import VERSION, BackendError, Engine, engines
+from allaprima.engine import tensorrt
+from allaprima.engine.build import is_being_built
 from allaprima.runtime.backends import BackendInfo, backends
 
 
@@ -22,15 +24,17 @@ class Entry:
 
 
 def entries(cache: Path | None = None) -> tuple[Entry, ...]:
-    """Everything in the cache, unfinished builds included; sizes in bytes."""
+    """Everything in the cache, sizes in bytes; builds that were cut short too, but none that still runs."""
     installed = {info.name: info for info in backends()}
     return tuple(
-        Entry(folder, engine, _size(folder), _stale(engine, installed)) for folder, engine in engines(cache)
+        Entry(folder, engine, _size(folder), _stale(engine, installed))
+        for folder, engine in engines(cache)
+        if not is_being_built(folder)
     )
 
 
 def prune(cache: Path | None = None) -> tuple[Entry, ...]:
-    """Remove what is stale; what was removed. A build that runs meanwhile counts as unfinished, and fails."""
+    """Remove what is stale; what was removed."""
     return _remove(entry for entry in entries(cache) if entry.stale)
 
 
@@ -50,6 +54,8 @@ def _remove(unwanted: Iterable[Entry]) -> tuple[Entry, ...]:
 def _stale(engine: Engine | None, installed: dict[str, BackendInfo]) -> str:
     if engine is None:
         return "unfinished or damaged"
+    if engine.key.backend in tensorrt.FLAVOURS:
+        return _stale_plan(engine)
     info = installed.get(engine.key.backend)
     if info is None or not info.available:
         return f"the backend {engine.key.backend} is not installed"
@@ -57,6 +63,18 @@ def _stale(engine: Engine | None, installed: dict[str, BackendInfo]) -> str:
         return f"built with {info.name} {engine.key.backend_version}, installed is {info.version}"
     if info.device != engine.key.device:
         return f"built for another device: {engine.key.device}"
+    return "" if engine.key.allaprima == VERSION else f"built by allaprima {engine.key.allaprima}"
+
+
+def _stale_plan(engine: Engine) -> str:
+    """A plan may be for another machine, so only versions count."""
+    backend = engine.key.backend
+    try:
+        version = tensorrt.version(backend)
+    except BackendError:
+        return f"the backend {backend} is not installed"
+    if version != engine.key.backend_version:
+        return f"built with {backend} {engine.key.backend_version}, installed is {version}"
     return "" if engine.key.allaprima == VERSION else f"built by allaprima {engine.key.allaprima}"
 
 

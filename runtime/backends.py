@@ -64,6 +64,7 @@ class BackendInfo:
 
 _MODULES = {"openvino": "allaprima.runtime.sessions.openvino", "ort": "allaprima.runtime.sessions.ort"}
 """In the order in which "auto" tries them."""
+_COMPILED_FOR = ("tensorrt-rtx",)
 
 
 def backends() -> tuple[BackendInfo, ...]:
@@ -82,6 +83,8 @@ def choose(backend: str = "auto") -> str:
                 return name
         remedies = " or ".join(_remedy(name) for name in _MODULES)
         raise BackendError(f"no backend works here: {remedies}")
+    if backend in _COMPILED_FOR:
+        raise BackendError(f"{backend}: allaprima build compiles for it, running it is not supported yet")
     if backend not in _MODULES:
         raise BackendError(f"unknown backend '{backend}': choose from auto, {', '.join(_MODULES)}")
     info = _probe(backend)

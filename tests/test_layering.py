@@ -38,7 +38,7 @@ ALL = ("bundle", "export", "engine", "runtime", "serve", "cli", "benchmarks", "m
 LAYERS = {
     "bundle": Layer((), ()),
     "export": Layer(("bundle",), (*EXPORT, "tokenizers", "torch", "transformers")),
-    "engine": Layer(("bundle", "runtime"), ("numpy",)),
+    "engine": Layer(("bundle", "runtime"), ("filelock", "numpy")),
     "runtime": Layer(("bundle",), ("numpy", "PIL", "tokenizers")),
     "serve": Layer(
         ("bundle", "runtime"), ("fastapi", "numpy", "PIL", "pydantic", "ray", "starlette", "uvicorn")
@@ -52,7 +52,7 @@ DRIVERS: dict[str, tuple[str, ...]] = {
     # Export may not import the runtime, so its check against torch opens graphs itself.
     "onnxruntime": ("runtime/sessions/ort.py", "export/parity.py"),
     "openvino": ("runtime/sessions/openvino.py",),
-    "polygraphy": (),
+    "polygraphy": ("engine/tensorrt.py",),
     "tensorrt": (),
     "tensorrt_rtx": (),
 }

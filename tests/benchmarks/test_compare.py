@@ -12,7 +12,7 @@ from PIL import Image
 
 from allaprima.benchmarks import compare
 from allaprima.benchmarks.contestants import REFERENCE, Contestant, Model, Paint, Settings
-from allaprima.benchmarks.export_real_size import Meter
+from allaprima.benchmarks.real_size import Meter
 from allaprima.benchmarks.process import in_new_process, peak_memory
 from allaprima.bundle import RequestError
 

@@ -4,9 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import onnx
 import onnx.parser
 import pytest
 
-import allaprima.engine.build
+import allaprima.engine.toolchains
 import allaprima.runtime.pipeline
 from allaprima.bundle import BackendError, BuildError, Bundle, BundleError, find_engine, read_engine
 from allaprima.engine import Built, Progress, build_bundle, entries, prune
@@ -43,7 +45,7 @@ def no_compiler(*_: Any, **__: Any) -> Path:
 
 def other_graph(text: str) -> Callable[..., Path]:
     """A compiler that takes this graph instead of the bundle's."""
-    compile_engine = allaprima.engine.build.compile_engine
+    compile_engine = allaprima.engine.toolchains.compile_engine
 
     def compile_other(graph: Path, component: Any, folder: Path, *args: Any, **options: Any) -> Path:
         onnx.save(onnx.parser.parse_model(HEADER + text), other := folder.parent / "other.onnx")
@@ -87,7 +89,7 @@ def test_files_are_the_owners_alone(bundle: Bundle, backend: str) -> None:
 
 def test_engines_are_reused(bundle: Bundle, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(bundle, backend)
-    monkeypatch.setattr(allaprima.engine.build, "compile_engine", no_compiler)
+    monkeypatch.setattr(allaprima.engine.toolchains, "compile_engine", no_compiler)
     second = build(bundle, backend)
     assert all(one.reused for one in second)
     assert [one.engine for one in second] == [one.engine for one in first]
@@ -174,7 +176,7 @@ def test_an_interrupted_build_leaves_nothing(
         (folder / "model.onnx").write_bytes(b"half")
         raise stop
 
-    monkeypatch.setattr(allaprima.engine.build, "compile_engine", compile_half)
+    monkeypatch.setattr(allaprima.engine.toolchains, "compile_engine", compile_half)
     with pytest.raises(stop):
         build(bundle, "ort")
     assert list(cache.iterdir()) == []
@@ -182,15 +184,15 @@ def test_an_interrupted_build_leaves_nothing(
 
 KILLED = """
 import os, signal, sys
-import allaprima.engine.build as build
 from allaprima.bundle import open_bundle
+from allaprima.engine import build_bundle, toolchains
 
 def compile_half(graph, component, folder, *args, **options):
     (folder / "model.onnx").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-build.compile_engine = compile_half
-build.build_bundle(open_bundle(sys.argv[1]), backend="ort", precision="fp32")
+toolchains.compile_engine = compile_half
+build_bundle(open_bundle(sys.argv[1]), backend="ort", precision="fp32")
 """
 
 
@@ -206,6 +208,67 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(bundle: Bundle, cache
     assert not any(one.reused for one in build(bundle, "ort"))
     assert [entry.folder for entry in prune()] == [left.folder]
     assert all(one.reused for one in build(bundle, "ort"))
+
+
+BUILDING = """
+import sys, time
+from pathlib import Path
+from allaprima.bundle import open_bundle
+from allaprima.engine import build_bundle, toolchains
+
+compile_engine = toolchains.compile_engine
+
+def compile_slowly(*args, **options):
+    Path(sys.argv[2], "compiled").open("a").write("x")
+    time.sleep(1)
+    return compile_engine(*args, **options)
+
+toolchains.compile_engine = compile_slowly
+stages = []
+built = build_bundle(
+    open_bundle(sys.argv[1]), backend="ort", precision="fp32", progress=lambda one: stages.append(one.stage)
+)
+print(sum(one.reused for one in built), sum("another process" in stage for stage in stages))
+"""
+
+
+def test_two_builds_at_once_do_the_work_once(bundle: Bundle, cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BUILDING, str(bundle.folder), str(tmp_path)]
+    both = [
+        subprocess.Popen(
+            command, env={**os.environ, "ALLAPRIMA_CACHE": str(cache)}, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    while not (tmp_path / "compiled").exists():
+        assert any(one.poll() is None for one in both)
+        time.sleep(0.05)
+    assert prune() == ()  # what is being built is not for others to remove
+    said = [tuple(map(int, one.communicate()[0].split())) for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    assert (tmp_path / "compiled").read_text() == "xxx"
+    assert sum(reused for reused, _ in said) == 3
+    assert sum(waited for _, waited in said) >= 1
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_the_reason_for_building_again_is_said(
+    bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(bundle, "ort")
+    assert {one.reason for one in first} == {""}
+    truncate(first[0].folder / first[0].engine.main)
+    flip(first[1].folder / first[1].engine.main)
+    (first[2].folder / "engine.json").unlink()
+    second = build(bundle, "ort")
+    assert re.search(r"text_encoder.*bytes, should have \d+", second[0].reason)
+    assert "its sha256 is another" in second[1].reason
+    assert "is not a finished engine" in second[2].reason
+    assert {one.reason for one in build(bundle, "ort")} == {""}
+    old = first[0].engine.key.backend_version
+    monkeypatch.setattr("allaprima.runtime.sessions.ort.version", lambda: "99")
+    third = build(bundle, "ort")
+    assert {one.reason for one in third} == {f"the backend's version was {old}, is 99"}
 
 
 @pytest.mark.parametrize("changed", ["version", "device"])
@@ -266,7 +329,7 @@ def test_a_full_disk(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(*_: object, **__: object) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(allaprima.engine.build, "compile_engine", refuse)
+    monkeypatch.setattr(allaprima.engine.toolchains, "compile_engine", refuse)
     with pytest.raises(BuildError, match="No space left on device"):
         build(bundle, "ort")
     assert list(cache.iterdir()) == []
@@ -276,7 +339,7 @@ def test_a_wrong_engine_is_refused(
     bundle: Bundle, backend: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = TEXT_ENCODER.replace("= Sin", "= Cos")
-    monkeypatch.setattr(allaprima.engine.build, "compile_engine", other_graph(wrong))
+    monkeypatch.setattr(allaprima.engine.toolchains, "compile_engine", other_graph(wrong))
     with pytest.raises(BuildError, match=r"text_encoder: the engine in fp32 is off by \d"):
         build(bundle, backend)
     assert list(cache.iterdir()) == []
@@ -288,7 +351,7 @@ def test_outputs_that_are_not_finite(
     wrong = TEXT_ENCODER.replace("= Sin (phase)", "= Log (lower)").replace(
         "last_hidden_state =", "lower = Neg (phase)\n last_hidden_state ="
     )
-    monkeypatch.setattr(allaprima.engine.build, "compile_engine", other_graph(wrong))
+    monkeypatch.setattr(allaprima.engine.toolchains, "compile_engine", other_graph(wrong))
     with pytest.raises(BuildError, match="last_hidden_state is not finite in fp32"):
         build(bundle, backend)
     assert list(cache.iterdir()) == []
@@ -306,7 +369,7 @@ def test_a_graph_that_is_not_its_manifests(
     bundle: Bundle, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine has the tensors of another component."""
-    monkeypatch.setattr(allaprima.engine.build, "compile_engine", other_graph(DENOISER))
+    monkeypatch.setattr(allaprima.engine.toolchains, "compile_engine", other_graph(DENOISER))
     with pytest.raises(BackendError, match="disagree"):
         build(bundle, backend)
 

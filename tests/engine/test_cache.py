@@ -10,7 +10,7 @@ from allaprima.engine import clear, entries, prune
 from allaprima.runtime import backends
 
 HERE = next(info for info in backends() if info.available)
-FRESH = EngineKey("denoiser", {}, HERE.name, HERE.version, HERE.device, "fp32", VERSION)
+FRESH = EngineKey("denoiser", {}, HERE.name, HERE.version, HERE.device, "fp32", (), {}, VERSION)
 STALE = {
     "the backend abacus is not installed": replace(FRESH, backend="abacus"),
     f"built with {HERE.name} 0, installed is {HERE.version}": replace(FRESH, backend_version="0"),

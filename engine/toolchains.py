@@ -1,0 +1,118 @@
+"""How each kind of backend compiles and verifies: the ones that run here anyway, and the TensorRT family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from allaprima.bundle import BackendError, Bundle, EngineKey, RequestError, engine_key
+from allaprima.engine import tensorrt
+from allaprima.engine.shapes import Size, plan_profiles
+from allaprima.engine.verify import measure_error
+from allaprima.runtime.backends import choose, compile_engine, key_of
+
+
+class Toolchain(Protocol):
+    """Compiles the components of one bundle for one backend."""
+
+    stages: tuple[str, ...]
+
+    def key(self, component: str) -> EngineKey:
+        """What identifies the engine."""
+
+    def compile(self, component: str, folder: Path, enter: Callable[[str], None]) -> Path:
+        """Write the engine into `folder`, telling its stages; the file that a session loads."""
+
+    def verify(self, component: str, main: Path) -> float | None:
+        """The engine's error (see `Engine.error`), None where it cannot run here; BuildError if too large."""
+
+
+class Native:
+    """A backend that runs on this machine, and compiles for all shapes at once."""
+
+    stages = ("compile", "verify", "save")
+
+    def __init__(self, bundle: Bundle, backend: str, precision: str | None, *, fixed: bool) -> None:
+        self._bundle, self._backend, self._precision = bundle, choose(backend), precision
+        if fixed:
+            raise RequestError(
+                f"{self._backend} compiles one engine for all shapes: leave out sizes, batch and options, "
+                "which belong to tensorrt and tensorrt-rtx"
+            )
+
+    def key(self, component: str) -> EngineKey:
+        """See Toolchain."""
+        return key_of(self._bundle, component, self._backend, precision=self._precision)
+
+    def compile(self, component: str, folder: Path, enter: Callable[[str], None]) -> Path:
+        """See Toolchain."""
+        enter("compile")
+        described = self._bundle.component(component)
+        graph = self._bundle.path(described.graph)
+        precision = self.key(component).precision
+        return compile_engine(graph, described, folder, self._backend, precision=precision)
+
+    def verify(self, component: str, main: Path) -> float | None:
+        """See Toolchain."""
+        return measure_error(self._bundle, component, main, self._backend, self.key(component).precision)
+
+
+class TensorRT:
+    """TensorRT or TensorRT-RTX: compiled for shapes and for compute capabilities."""
+
+    stages = ("parse", "build", "verify", "save")
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        precision: str | None,
+        sizes: Sequence[Size],
+        batch: tuple[int, int],
+        options: tensorrt.Options,
+    ) -> None:
+        self._bundle, self._backend, self._options = bundle, backend, options
+        self._version = tensorrt.version(backend)
+        self._targets = options.targets or tensorrt.AMPERE_AND_NEWER
+        self.profiles = plan_profiles(bundle, sizes, batch)
+        if backend == "tensorrt":
+            raise BackendError("this version of allaprima compiles for tensorrt-rtx, not yet for tensorrt")
+        for name, component in bundle.manifest.components.items():
+            if precision not in (None, "auto", component.precision):
+                raise BackendError(
+                    f"{backend} compiles {name} in the precision it was exported in, {component.precision}, "
+                    f"not in {precision}: export with --precision {precision}"
+                )
+
+    def key(self, component: str) -> EngineKey:
+        """See Toolchain."""
+        return engine_key(
+            self._bundle,
+            component,
+            backend=self._backend,
+            backend_version=self._version,
+            device="compute capability " + ", ".join(self._targets),
+            precision=self._bundle.component(component).precision,
+            profiles=self.profiles[component],
+            flags=self._options.flags(),
+        )
+
+    def compile(self, component: str, folder: Path, enter: Callable[[str], None]) -> Path:
+        """See Toolchain."""
+        described = self._bundle.component(component)
+        plan = tensorrt.build_plan(
+            self._bundle.path(described.graph),
+            described,
+            self.profiles[component],
+            self._backend,
+            self._options.for_targets(self._targets),
+            enter,
+        )
+        path = folder / "model.plan"
+        path.write_bytes(plan)
+        return path
+
+    def verify(self, component: str, main: Path) -> float | None:
+        """What can be told of a plan without the GPU it is for: its header, checked when it was built."""
+        return None
