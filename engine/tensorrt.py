@@ -12,6 +12,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,7 +191,10 @@ def _check_network(network: Any, component: Component) -> None:
         wanted = {spec.name: len(spec.shape) for spec in specs}
         found = {get(index).name: len(get(index).shape) for index in range(count)}
         if wanted != found:
-            raise BuildError(f"graph and manifest disagree: tensors and ranks {found}, should be {wanted}")
+            raise BuildError(
+                f"{component.graph}: graph and manifest disagree, tensors and ranks are {found} and should be "
+                f"{wanted}. Export the bundle again"
+            )
 
 
 def _check_targets(plan: bytes, targets: Sequence[str]) -> None:
@@ -206,7 +210,9 @@ def _words(what: str) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     said = io.StringIO()
 
     def ask(loader: Callable[[], Any]) -> Any:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            # Polygraphy sets a timing cache, which TensorRT-RTX calls deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
             return loader()
 
     try:

@@ -29,7 +29,7 @@ from allaprima.bundle.errors import BuildError
 
 WriteBundle = Callable[..., Path]
 
-KEY = EngineKey("denoiser", {"denoiser/model.onnx": "0" * 64}, "ort", "1", "x86_64", "fp32", VERSION)
+KEY = EngineKey("denoiser", {"denoiser/model.onnx": "0" * 64}, "ort", "1", "x86_64", "fp32", (), {}, VERSION)
 
 
 def seal(key: EngineKey = KEY, cache: Path | None = None, data: bytes = b"engine") -> Engine:

@@ -115,7 +115,8 @@ def test_build(allaprima: Allaprima, bundle: Bundle, cache: Path, monkeypatch: p
     words = ("build", str(bundle.folder), "--backend", "ort", "--precision", "fp32")
     outcome = allaprima(*words)
     assert outcome.code == 0
-    assert asked == {"bundle": bundle, "backend": "ort", "precision": "fp32"}
+    plain = {"sizes": (), "batch": (1, 1), "options": None, "cache": None}
+    assert asked == {"bundle": bundle, "backend": "ort", "precision": "fp32", **plain}
     for text in ("denoiser", "6 B", "2.0e-03", "in 1.5 s"):
         assert text in outcome.out
     document = json.loads(allaprima(*words, "--json").out)

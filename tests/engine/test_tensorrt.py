@@ -36,8 +36,12 @@ def test_targets_are_ampere_and_newer_by_default(bundle: Bundle, cache: Path) ->
 @needs_rtx
 def test_what_the_parser_refuses_is_said(bundle: Bundle, cache: Path) -> None:
     graph = bundle.path(bundle.component("text_encoder").graph)
-    graph.write_bytes(b"x" * graph.stat().st_size)
-    with pytest.raises(BuildError, match=r"text_encoder: tensorrt-rtx cannot compile it: .*pars"):
+    whole = graph.read_bytes()
+    graph.write_bytes(b"x" * len(whole))
+    with pytest.raises(BuildError, match=r"text_encoder/model.onnx: graph and manifest disagree.* again"):
+        build_bundle(bundle, backend="tensorrt-rtx")
+    graph.write_bytes(whole.replace(b"Sin", b"Sun"))
+    with pytest.raises(BuildError, match=r"text_encoder: tensorrt-rtx cannot compile it: .*Sun"):
         build_bundle(bundle, backend="tensorrt-rtx")
     assert list(cache.iterdir()) == []
 
