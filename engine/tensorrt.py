@@ -192,8 +192,8 @@ def _check_network(network: Any, component: Component) -> None:
         found = {get(index).name: len(get(index).shape) for index in range(count)}
         if wanted != found:
             raise BuildError(
-                f"{component.graph}: graph and manifest disagree, tensors and ranks are {found} and should be "
-                f"{wanted}. Export the bundle again"
+                f"{component.graph}: graph and manifest disagree, tensors and ranks are {found}, should "
+                f"be {wanted}. Export the bundle again"
             )
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from allaprima.benchmarks import compare
 from allaprima.benchmarks.contestants import REFERENCE, Contestant, Model, Paint, Settings
-from allaprima.benchmarks.real_size import Meter
 from allaprima.benchmarks.process import in_new_process, peak_memory
+from allaprima.benchmarks.real_size import Meter
 from allaprima.bundle import RequestError
 
 Write = Callable[..., Path]
