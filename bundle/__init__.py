@@ -7,6 +7,7 @@ from allaprima.bundle.engines import (
     engine_key,
     engines,
     find_engine,
+    matching_engines,
     read_engine,
     seal_engine,
     why_missing,
@@ -31,7 +32,7 @@ from allaprima.bundle.manifest import (
     TensorSpec,
     TokenizerSpec,
 )
-from allaprima.bundle.profiles import Profile
+from allaprima.bundle.profiles import Profile, nearest
 from allaprima.bundle.store import (
     Bundle,
     BundleWriter,
@@ -72,6 +73,8 @@ __all__ = [
     "engines",
     "find_engine",
     "hash_file",
+    "matching_engines",
+    "nearest",
     "open_bundle",
     "read_engine",
     "resolve",

@@ -13,9 +13,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from allaprima.bundle.errors import BuildError, BundleError
@@ -119,6 +119,23 @@ def find_engine(key: EngineKey, cache: Path | None = None) -> Path | None:
     except (BundleError, OSError):
         return None
     return folder / engine.main
+
+
+def matching_engines(
+    key: EngineKey, serves: Callable[[str], bool], cache: Path | None = None
+) -> tuple[Path, ...]:
+    """The main files of all whole engines that differ from `key` in profiles and flags at most, newest first.
+
+    Their device need not be the key's: `serves` says whether an engine for a device, in its words, will do.
+    """
+    found = []
+    for folder, engine in engines(cache):
+        if engine is None or not serves(engine.key.device):
+            continue
+        same = replace(key, profiles=engine.key.profiles, flags=engine.key.flags, device=engine.key.device)
+        if same == engine.key and find_engine(engine.key, cache):
+            found.append((folder / SIDECAR, folder / engine.main))
+    return tuple(main for _, main in sorted(found, key=lambda pair: -pair[0].stat().st_mtime))
 
 
 def why_missing(key: EngineKey, cache: Path | None = None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from allaprima.bundle.manifest import TensorSpec
@@ -41,3 +42,15 @@ class Profile(Record):
             f"{axis} {low}" if low == high else f"{axis} {low} to {high} (best {best})"
             for axis, (low, best, high) in self.extents.items()
         )
+
+
+def nearest(profiles: Iterable[Profile], extents: Mapping[str, int]) -> Profile | None:
+    """The profile that these extents miss by the smallest factors, the one that serves them if there is one."""
+
+    def distance(profile: Profile) -> float:
+        return sum(
+            max(0.0, math.log(low / extents[axis]), math.log(extents[axis] / high))
+            for axis, (low, _, high) in profile.extents.items()
+        )
+
+    return min(profiles, key=distance, default=None)

@@ -76,11 +76,19 @@ def _run(
     inputs: Arrays,
     extents: Mapping[str, int],
 ) -> Arrays:
-    session = open_session(graph, component, backend, precision=precision, engine=engine)
+    engines = () if engine is None else (engine,)
+    session = open_session(graph, component, backend, precision=precision, engines=engines)
     try:
-        outputs = {spec.name: np.empty(spec.resolve(extents), spec.dtype) for spec in component.outputs}
-        session.bind({**inputs, **outputs}).run()
-        return outputs
+        given, made = (
+            session.memory.allocate({spec.name: (spec.resolve(extents), spec.dtype) for spec in specs})
+            for specs in (component.inputs, component.outputs)
+        )
+        for name, array in inputs.items():
+            given.tensors[name].array[...] = array
+        given.push()
+        session.bind({**given.tensors, **made.tensors}).run()
+        made.pull()
+        return {name: tensor.array for name, tensor in made.tensors.items()}
     finally:
         session.close()
 

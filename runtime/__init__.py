@@ -1,6 +1,6 @@
 """Painting: a bundle, a backend and a prompt in, pictures out. Needs NumPy, Pillow and tokenizers only."""
 
-from allaprima.runtime.backends import BackendInfo, backends, choose, open_session
+from allaprima.runtime.backends import BackendInfo, Decision, backends, choose, decide, open_session
 from allaprima.runtime.image import check_writable, read_parameters, save_image
 from allaprima.runtime.pipeline import Pipeline
 from allaprima.runtime.request import Request, Settings

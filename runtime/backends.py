@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
-from allaprima.bundle import BackendError, Bundle, Component, EngineKey, engine_key
+from allaprima.bundle import (
+    BackendError,
+    Bundle,
+    Component,
+    EngineKey,
+    engine_key,
+    find_engine,
+    matching_engines,
+)
 from allaprima.runtime.session import Session
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -35,12 +44,140 @@ class Driver(Protocol):
         *,
         precision: str | None,
         threads: int | None,
-        engine: Path | None,
+        engines: Sequence[Path],
     ) -> Session:
         """See `open_session` below."""
 
+
+class Compiler(Driver, Protocol):
+    """A driver that compiles a graph for all its shapes, on the machine that will run it."""
+
     def compile_engine(self, graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
         """See `compile_engine` below."""
+
+
+class Loader(Driver, Protocol):
+    """A driver that runs only engines that were built before, for the shapes that they were built for."""
+
+    def serves(self, device: str) -> bool:
+        """Whether an engine that was built for `device`, in the words of its key, runs on this machine."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A backend and whether it works here.
+
+    `version`, `device` and `precisions` (the default first) are empty where it does not; `reason` then says
+    why, and `remedy` what to do about it. `converts`: a graph runs in any of these precisions, whatever its
+    weights are stored in.
+    """
+
+    name: str
+    available: bool
+    version: str = ""
+    device: str = ""
+    precisions: tuple[str, ...] = ()
+    converts: bool = False
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a driver is: a module, or an object in one; the extra that installs it; what kind it is."""
+
+    driver: str
+    extra: str
+    compiles: bool = False
+    built_before: bool = False
+
+
+_SESSIONS = "allaprima.runtime.sessions."
+_ENTRIES = {
+    "tensorrt": _Entry(_SESSIONS + "tensorrt_driver:TENSORRT", "tensorrt", built_before=True),
+    "tensorrt-rtx": _Entry(_SESSIONS + "tensorrt_driver:TENSORRT_RTX", "tensorrt-rtx", built_before=True),
+    "ort-cuda": _Entry(_SESSIONS + "ort_cuda", "ort-gpu"),
+    "openvino": _Entry(_SESSIONS + "openvino", "openvino", compiles=True),
+    "ort": _Entry(_SESSIONS + "ort", "ort", compiles=True),
+}
+"""In the order in which "auto" tries them: the fastest first."""
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """All backends; those that are installed are imported to see that they work."""
+    return tuple(_probe(name) for name in _ENTRIES)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What "auto" comes to: a backend, and of each faster one why not."""
+
+    backend: str
+    passed: tuple[tuple[str, str], ...]
+
+
+def decide(bundle: Bundle | None = None) -> Decision:
+    """The fastest backend that works here and, for those that run only what was built before, has engines.
+
+    Without a bundle there are none. Raises BackendError if no backend works.
+    """
+    passed = []
+    for name, entry in _ENTRIES.items():
+        info = _probe(name)
+        if not info.available:
+            passed.append((name, info.reason))
+        elif entry.built_before and not (bundle and _all_built(bundle, name)):
+            passed.append((name, f"nothing was built for it: allaprima build --backend {name}"))
+        else:
+            return Decision(name, tuple(passed))
+    remedies = " or ".join(_remedy(name) for name in ("openvino", "ort"))
+    raise BackendError(f"no backend works here: {remedies}")
+
+
+def choose(backend: str = "auto", bundle: Bundle | None = None) -> str:
+    """The name of a backend that works here: `backend` itself, or what `decide` says for "auto".
+
+    Raises BackendError for an unknown name, or one that does not work, with what to install.
+    """
+    if backend == "auto":
+        return decide(bundle).backend
+    if backend not in _ENTRIES:
+        raise BackendError(f"unknown backend '{backend}': choose from auto, {', '.join(_ENTRIES)}")
+    info = _probe(backend)
+    if not info.available:
+        raise BackendError(f"the backend {backend} does not work here ({info.reason}): {info.remedy}")
+    return backend
+
+
+def compiles(backend: str) -> bool:
+    """Whether a backend compiles ahead for all shapes of a graph, on the machine that will run it."""
+    return _ENTRIES[backend].compiles
+
+
+def open_session(
+        self,
+        graph: Path,
+        component: Component,
+        *,
+        precision: str | None,
+        threads: int | None,
+        engines: Sequence[Path],
+    ) -> Session:
+        """See `open_session` below."""
+
+
+class Compiler(Driver, Protocol):
+    """A driver that compiles a graph for all its shapes, on the machine that will run it."""
+
+    def compile_engine(self, graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
+        """See `compile_engine` below."""
+
+
+class Loader(Driver, Protocol):
+    """A driver that runs only engines that were built before, for the shapes that they were built for."""
+
+    def serves(self, device: str) -> bool:
+        """Whether an engine that was built for `device`, in the words of its key, runs on this machine."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +237,13 @@ def open_session(
     *,
     precision: str | None = None,
     threads: int | None = None,
-    engine: Path | None = None,
+    engines: Sequence[Path] = (),
 ) -> Session:
     """Load the graph of a component.
 
     `precision` None or "auto" is the fastest that the backend has for this graph on this machine; `threads`
-    None leaves the number to the backend; `engine` is a file that the same backend compiled before, loaded
-    in place of the graph.
+    None leaves the number to the backend; `engines` are files that the same backend compiled before, loaded
+    in place of the graph: the first for all shapes, or for TensorRT each for its own.
 
     Raises BackendError.
     """
@@ -114,20 +251,21 @@ def open_session(
     if threads is not None and threads < 1:
         raise BackendError(f"threads is {threads}: give at least 1, or leave it out")
     return _driver(choose(backend)).open_session(
-        graph, component, precision=precision, threads=threads, engine=engine
+        graph, component, precision=precision, threads=threads, engines=engines
     )
 
 
 def compile_engine(
     graph: Path, component: Component, folder: Path, backend: str, *, precision: str | None = None
 ) -> Path:
-    """Compile a graph into `folder`; the file that `open_session` takes as `engine`.
+    """Compile a graph into `folder`; the file that `open_session` takes as an engine.
 
     Raises BackendError.
     """
     name = choose(backend)
     chosen = engine_precision(component, name, precision)
-    return _driver(name).compile_engine(graph, component, folder, precision=chosen)
+    compiler = cast(Compiler, _driver(name))
+    return compiler.compile_engine(graph, component, folder, precision=chosen)
 
 
 def engine_precision(component: Component, backend: str, precision: str | None) -> str:
@@ -151,6 +289,21 @@ def key_of(bundle: Bundle, component: str, backend: str, *, precision: str | Non
     )
 
 
+def find_engines(
+    bundle: Bundle, component: str, backend: str, *, precision: str | None = None
+) -> tuple[Path, ...]:
+    """The engines of a component that the cache has for a backend on this machine, the newest first."""
+    if not _ENTRIES[backend].built_before:
+        found = find_engine(key_of(bundle, component, backend, precision=precision))
+        return () if found is None else (found,)
+    loader = cast(Loader, _driver(backend))
+    return matching_engines(key_of(bundle, component, backend, precision=precision), loader.serves)
+
+
+def _all_built(bundle: Bundle, backend: str) -> bool:
+    return all(find_engines(bundle, component, backend) for component in bundle.manifest.components)
+
+
 def _known_precision(precision: str | None) -> str | None:
     """None for "auto"; BackendError for an unknown one."""
     if precision in (None, "auto"):
@@ -161,7 +314,9 @@ def _known_precision(precision: str | None) -> str | None:
 
 
 def _driver(name: str) -> Driver:
-    return cast(Driver, importlib.import_module(_MODULES[name]))
+    module, _, attribute = _ENTRIES[name].driver.partition(":")
+    found = importlib.import_module(module)
+    return cast(Driver, getattr(found, attribute) if attribute else found)
 
 
 def _probe(name: str) -> BackendInfo:
@@ -180,4 +335,4 @@ def _probe(name: str) -> BackendInfo:
 
 
 def _remedy(name: str) -> str:
-    return f'pip install "allaprima[{name}]"'
+    return f'pip install "allaprima[{_ENTRIES[name].extra}]"'

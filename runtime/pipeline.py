@@ -20,11 +20,10 @@ from allaprima.bundle import (
     Bundle,
     BundleError,
     RequestError,
-    find_engine,
     open_bundle,
     resolve,
 )
-from allaprima.runtime.backends import choose, key_of, open_session
+from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
@@ -84,7 +83,7 @@ class Pipeline:
         Raises BundleError or BackendError.
         """
         opened = open_bundle(resolve(str(bundle)), verify=verify)
-        name = choose(backend)
+        name = choose(backend, opened)
         with ExitStack() as undo:
             sessions = {}
             for role in COMPONENTS:
@@ -95,7 +94,7 @@ class Pipeline:
                     name,
                     precision=precision,
                     threads=threads,
-                    engine=find_engine(key_of(opened, role, name, precision=precision)),
+                    engines=find_engines(opened, role, name, precision=precision),
                 )
                 undo.callback(sessions[role].close)
             pipeline = cls(opened, sessions, backend=name)
@@ -225,7 +224,9 @@ class Pipeline:
             named = {"prompt": settings.prompt}
             denoiser.guidance[...] = 1
         hidden, truncated = self._text_encoder.encode(list(named.values()))
-        denoiser.conditions[...] = hidden[:, None]
+        memory = self._sessions["denoiser"].memory
+        for branch, lane in np.ndindex(denoiser.conditions.array.shape[:2]):
+            memory.copy(denoiser.conditions[branch, lane], hidden[branch])
         warnings = [
             f'the {name} is too long, this was left out: "{rest}"'
             for name, rest in zip(named, truncated, strict=True)
@@ -238,6 +239,7 @@ class Pipeline:
         return tuple(warnings)
 
     def _check_finite(self, denoiser: Denoiser) -> None:
+        denoiser.pull()
         if not np.isfinite(denoiser.sample).all():
             raise BackendError(
                 f"the picture came out as infinite or not-a-number, in {self.precision} with the backend "
@@ -253,8 +255,8 @@ class Pipeline:
             self._decoder = key, Decoder(self._sessions["vae_decoder"], self.bundle.manifest.latent, *key)
         decoder = self._decoder[1]
         images = []
-        for sample in denoiser.sample:
-            images.append(Image.fromarray(decoder.decode(sample).copy()))
+        for lane in range(settings.num_images):
+            images.append(Image.fromarray(decoder.decode(denoiser.lane(lane)).copy()))
             _tell(callback, "decode", len(images), settings.num_images, denoiser)
         return tuple(images)
 
@@ -278,6 +280,7 @@ def _begin(denoiser: Denoiser, settings: Settings, table: Table) -> list[Noise]:
     for sample, noise in zip(denoiser.sample, streams, strict=True):
         np.multiply(noise.normal(sample.shape), sigma, out=sample)
     denoiser.history[...] = 0
+    denoiser.push()
     return streams
 
 
@@ -288,12 +291,14 @@ def _denoise(denoiser: Denoiser, table: Table, streams: list[Noise], callback: C
         if table.draws[row]:
             for buffer, noise in zip(denoiser.noise, streams, strict=True):
                 buffer[...] = noise.normal(buffer.shape)
+            denoiser.push_noise()
         denoiser.step()
         _tell(callback, "denoise", row + 1, total, denoiser)
 
 
 def _tell(callback: Callback | None, stage: Stage, step: int, total: int, denoiser: Denoiser) -> None:
     if callback is not None:
+        denoiser.pull()
         sample = denoiser.sample.view()
         sample.flags.writeable = False
         callback(Progress(stage, step, total, sample))

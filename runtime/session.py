@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allaprima.bundle import BackendError, TensorSpec
+from allaprima.runtime.memory import Memory, Tensor
 
 
 class Binding(Protocol):
@@ -18,7 +19,8 @@ class Binding(Protocol):
     def run(self) -> None:
         """Compute once: read the inputs' present contents, write the outputs in place.
 
-        Raises BackendError if the backend fails; the outputs are then undefined.
+        On a device the work is only enqueued, in order with the memory's copies. Raises BackendError if the
+        backend fails; the outputs are then undefined.
         """
 
 
@@ -37,46 +39,52 @@ class Session(Protocol):
     def precision(self) -> str:
         """What the heavy arithmetic runs in: "fp32", "fp16" or "bf16"."""
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> Binding:
-        """Bind the caller's arrays, one for every input and every output, C-contiguous and writable.
+    @property
+    def memory(self) -> Memory:
+        """Where its tensors must lie."""
 
-        Nothing is copied, now or later: the caller writes into the inputs between runs and finds the results
-        in the outputs. Bindings of one session may coexist, with different shapes, and may share arrays as
-        long as they do not run at the same time.
+    def bind(self, tensors: Mapping[str, Tensor]) -> Binding:
+        """Bind tensors of the session's memory, one for every input and every output, writable.
 
-        Raises BackendError naming the tensor, what it should be and what it is, or after `close`.
+        Nothing is copied, now or later: inputs are read and outputs written where they are. Bindings of one
+        session may coexist, with different shapes, and may share tensors as long as they do not run at the
+        same time.
+
+        Raises BackendError naming the tensor, what it should be and what it is, or after `close`; RequestError
+        for shapes that the engine was not built for.
         """
 
     def close(self) -> None:
         """Let go of the graph. Bindings made before keep what they need until they are dropped."""
 
 
-def check_buffers(
-    inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], buffers: Mapping[str, NDArray[Any]]
-) -> None:
-    """Check buffers against the specs of a graph; every session does so when it binds.
+def check_tensors(
+    inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """Check tensors against the specs of a graph; every session does so when it binds.
 
     An axis that is a plain name ("B") must have the same size wherever the name occurs, and a product of
     names and numbers ("G*B", "8*H") must have the size that follows. Any other expression is left to the
     backend.
 
-    Raises BackendError.
+    Returns the size of every axis that is a plain name. Raises BackendError.
     """
     specs = {**inputs, **outputs}
-    if specs.keys() != buffers.keys():
-        raise BackendError(f"buffers {_difference(specs, buffers)}: the graph has {', '.join(specs)}")
+    if specs.keys() != tensors.keys():
+        raise BackendError(f"tensors {_difference(specs, tensors)}: the graph has {', '.join(specs)}")
     sizes: dict[str, int] = {}
     for name, spec in specs.items():
-        _check_array(spec, buffers[name])
+        _check_array(spec, tensors[name].array)
         # setdefault: the first tensor that has a name fixes its size, the others are held against it below.
-        for axis, size in zip(spec.shape, buffers[name].shape, strict=True):
+        for axis, size in zip(spec.shape, tensors[name].array.shape, strict=True):
             if isinstance(axis, str) and axis.isidentifier():
                 sizes.setdefault(axis, size)
     for name, spec in specs.items():
         wanted = tuple(_size(axis, sizes) for axis in spec.shape)
-        if any(want not in (None, size) for want, size in zip(wanted, buffers[name].shape, strict=True)):
-            raise _mismatch(spec, buffers[name], sizes)
-    _check_overlap(inputs, outputs, buffers)
+        if any(want not in (None, size) for want, size in zip(wanted, tensors[name].array.shape, strict=True)):
+            raise _mismatch(spec, tensors[name].array, sizes)
+    _check_overlap(inputs, outputs, tensors)
+    return sizes
 
 
 def check_names(specs: Iterable[str], found: Iterable[str], where: str) -> None:
@@ -105,15 +113,19 @@ def _check_array(spec: TensorSpec, array: NDArray[Any]) -> None:
         raise BackendError(f"tensor '{spec.name}' is read-only: bind a writable array")
 
 
-def _check_overlap(
-    inputs: Iterable[str], outputs: Iterable[str], buffers: Mapping[str, NDArray[Any]]
-) -> None:
+def _check_overlap(inputs: Iterable[str], outputs: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     names = [*inputs, *outputs]
     for output in outputs:
         for other in names:
-            # Bounds are exact here, since the arrays are contiguous.
-            if other != output and np.may_share_memory(buffers[output], buffers[other]):
-                raise BackendError(f"output '{output}' overlaps '{other}' in memory: bind separate arrays")
+            if other != output and _overlap(tensors[output], tensors[other]):
+                raise BackendError(f"output '{output}' overlaps '{other}' in memory: bind separate tensors")
+
+
+def _overlap(one: Tensor, two: Tensor) -> bool:
+    """Exact, since both are contiguous."""
+    return (
+        one.address < two.address + two.array.nbytes and two.address < one.address + one.array.nbytes
+    )
 
 
 def _size(axis: int | str, sizes: Mapping[str, int]) -> int | None:

@@ -1,4 +1,4 @@
-"""The stages of painting: each a session with its buffers, allocated once."""
+"""The stages of painting: each a session with its tensors, allocated once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allaprima.bundle import BundleError, Latent
+from allaprima.runtime.memory import Block, Tensor
 from allaprima.runtime.samplers import Table, idle_row
 from allaprima.runtime.session import Binding, Session
 from allaprima.runtime.tokenizer import Tokenizer
@@ -25,18 +26,20 @@ class TextEncoder:
             raise BundleError(f"last_hidden_state of text_encoder should end in a number, not '{width}'")
         self._session = session
         self._tokenizer = tokenizer
-        self._bound: dict[int, tuple[NDArray[np.int64], Floats, Binding]] = {}
+        self._bound: dict[int, tuple[Block, Tensor, Binding]] = {}
         self.condition = tokenizer.length, width
         """The shape [L,D] of one prompt's hidden states."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Floats, tuple[str, ...]]:
-        """Hidden states [len(prompts),L,D], valid until the next call, and of each prompt what was cut off.
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+        """Hidden states [len(prompts),L,D] in the session's memory, and of each prompt what was cut off.
 
-        Raises RequestError for text that is not valid Unicode, or BackendError.
+        The states are valid until the next call. Raises RequestError for text that is not valid Unicode, or
+        BackendError.
         """
         tokens = [self._tokenizer.encode(prompt) for prompt in prompts]
         ids, hidden, binding = self._bind(len(prompts))
-        ids[...] = [each.ids for each in tokens]
+        ids.tensors["input_ids"].array[...] = [each.ids for each in tokens]
+        ids.push()
         binding.run()
         return hidden, tuple(each.truncated for each in tokens)
 
@@ -44,11 +47,13 @@ class TextEncoder:
         """Drop all bindings; the session is the caller's to close."""
         self._bound.clear()
 
-    def _bind(self, count: int) -> tuple[NDArray[np.int64], Floats, Binding]:
+    def _bind(self, count: int) -> tuple[Block, Tensor, Binding]:
         if count not in self._bound:
-            ids, hidden = np.zeros((count, self.condition[0]), np.int64), _zeros(count, *self.condition)
-            binding = self._session.bind({"input_ids": ids, "last_hidden_state": hidden})
-            self._bound[count] = ids, hidden, binding
+            memory, name = self._session.memory, "last_hidden_state"
+            ids = memory.allocate({"input_ids": ((count, self.condition[0]), np.int64)})
+            hidden = memory.allocate({name: ((count, *self.condition), np.float32)})
+            binding = self._session.bind({**ids.tensors, **hidden.tensors})
+            self._bound[count] = ids, hidden.tensors[name], binding
         return self._bound[count]
 
 
@@ -57,15 +62,21 @@ class Decoder:
 
     def __init__(self, session: Session, latent: Latent, height: int, width: int) -> None:
         """Allocate for pictures of `height` x `width` pixels."""
-        self._sample = _zeros(1, latent.channels, height // latent.downscale, width // latent.downscale)
-        self._image = np.zeros((1, height, width, 3), np.uint8)
-        self._binding = session.bind({"sample": self._sample, "image": self._image})
+        self._memory = session.memory
+        sides = height // latent.downscale, width // latent.downscale
+        self._sample = self._memory.allocate({"sample": ((1, latent.channels, *sides), np.float32)})
+        self._image = self._memory.allocate({"image": ((1, height, width, 3), np.uint8)})
+        self._binding = session.bind({**self._sample.tensors, **self._image.tensors})
 
-    def decode(self, sample: Floats) -> NDArray[np.uint8]:
-        """The pixels [height,width,3] of a sample [C,H,W], valid until the next call. Raises BackendError."""
-        self._sample[0] = sample
+    def decode(self, sample: Tensor) -> NDArray[np.uint8]:
+        """The pixels [height,width,3] of a sample [C,H,W] in the session's memory, valid until the next call.
+
+        Raises BackendError.
+        """
+        self._memory.copy(self._sample.tensors["sample"][0], sample)
         self._binding.run()
-        image: NDArray[np.uint8] = self._image[0]
+        self._image.pull()
+        image: NDArray[np.uint8] = self._image.tensors["image"].array[0]
         return image
 
 
@@ -73,13 +84,16 @@ class Denoiser:
     """A batch of B lanes, each of which may be at another row of another sampler's table.
 
     Sample and history exist twice. One binding reads the first pair and writes the second, the other does
-    the reverse, so a step is one run of one of them and nothing is ever copied. All other inputs are arrays
-    to write into between steps; they keep their contents.
+    the reverse, so a step is one run of one of them and nothing is ever copied.
+
+    What is written into `sample` and `history` counts from the next `push`, into `noise` from the next
+    `push_noise`; coefficients and guidance go along with every step. `pull` brings the present sample and
+    history into their arrays. All keep their contents.
 
     Attributes:
         noise: [B,C,H,W], this step's noise.
         guidance: [G,B], the weights of the branches.
-        conditions: [G,B,L,D], hidden states of the prompts by branch and lane.
+        conditions: [G,B,L,D], hidden states of the prompts by branch and lane, to be copied into.
     """
 
     def __init__(
@@ -95,35 +109,33 @@ class Denoiser:
 
         All lanes are idle at first. Raises BackendError if the session's graph has other shapes.
         """
-        lanes = sample[0]
-        self._samples = _zeros(*sample), _zeros(*sample)
-        self._histories = _zeros(history, *sample), _zeros(history, *sample)
-        self.noise = _zeros(*sample)
-        self._timestep = _zeros(lanes)
-        self._input_scale = _zeros(lanes)
-        self.guidance = _zeros(branches, lanes)
-        self._to_prediction = _zeros(lanes, 2)
-        self._bounds = _zeros(lanes)
-        self._update = _zeros(lanes, 3 + history)
-        self.conditions = _zeros(branches, lanes, *condition)
-        inputs = {
-            "noise": self.noise,
-            "timestep": self._timestep,
-            "input_scale": self._input_scale,
-            "guidance": self.guidance,
-            "to_prediction": self._to_prediction,
-            "bounds": self._bounds,
-            "update": self._update,
-            "encoder_hidden_states": self.conditions.reshape(branches * lanes, *condition),
-        }
+        lanes, memory = sample[0], session.memory
+        state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}
+        self._states = memory.allocate(state), memory.allocate(state)
+        self._noise = memory.allocate({"noise": (sample, np.float32)})
+        self._row = memory.allocate(
+            {
+                "timestep": ((lanes,), np.float32),
+                "input_scale": ((lanes,), np.float32),
+                "guidance": ((branches, lanes), np.float32),
+                "to_prediction": ((lanes, 2), np.float32),
+                "bounds": ((lanes,), np.float32),
+                "update": ((lanes, 3 + history), np.float32),
+            }
+        )
+        name = "encoder_hidden_states"
+        prompts = memory.allocate({name: ((branches * lanes, *condition), np.float32)}).tensors
+        self.noise: Floats = self._noise.tensors["noise"].array
+        self.guidance: Floats = self._row.tensors["guidance"].array
+        self.conditions = prompts[name].reshape(branches, lanes, *condition)
+        inputs = {**self._noise.tensors, **self._row.tensors, **prompts}
         self._bindings = tuple(
             session.bind(
                 {
                     **inputs,
-                    "sample": self._samples[source],
-                    "history": self._histories[source],
-                    "next_sample": self._samples[1 - source],
-                    "next_history": self._histories[1 - source],
+                    **self._states[source].tensors,
+                    "next_sample": self._states[1 - source].tensors["sample"],
+                    "next_history": self._states[1 - source].tensors["history"],
                 }
             )
             for source in (0, 1)
@@ -133,30 +145,46 @@ class Denoiser:
 
     @property
     def sample(self) -> Floats:
-        """The present latents [B,C,H,W]: to be written before the first step, read after each."""
-        return self._samples[self._source]
+        """The latents [B,C,H,W]: to be written before the first step, read after a `pull`."""
+        array: Floats = self._states[self._source].tensors["sample"].array
+        return array
 
     @property
     def history(self) -> Floats:
-        """The present history [S,B,C,H,W], newest first.
+        """The history [S,B,C,H,W], newest first.
 
         To be zeroed when a lane starts: a coefficient of 0 does not silence what is not finite.
         """
-        return self._histories[self._source]
+        array: Floats = self._states[self._source].tensors["history"].array
+        return array
+
+    def lane(self, index: int) -> Tensor:
+        """The present latents [C,H,W] of one lane, where the session has them."""
+        return self._states[self._source].tensors["sample"][index]
+
+    def push(self) -> None:
+        """Start from what was written into sample and history."""
+        self._states[self._source].push()
+
+    def push_noise(self) -> None:
+        """Take the noise that was written from the next step on."""
+        self._noise.push()
+
+    def pull(self) -> None:
+        """Bring sample and history up to date. Waits for all steps taken."""
+        self._states[self._source].pull()
 
     def write(self, table: Table, row: int, lanes: slice | int = slice(None)) -> None:
         """Set the coefficients of the next step for some lanes: one row of a table."""
-        self._timestep[lanes] = table.timesteps[row]
-        self._input_scale[lanes] = table.input_scale[row]
-        self._to_prediction[lanes] = table.to_prediction[row]
-        self._bounds[lanes] = table.bounds[row]
-        self._update[lanes] = table.update[row]
+        tensors = self._row.tensors
+        tensors["timestep"].array[lanes] = table.timesteps[row]
+        tensors["input_scale"].array[lanes] = table.input_scale[row]
+        tensors["to_prediction"].array[lanes] = table.to_prediction[row]
+        tensors["bounds"].array[lanes] = table.bounds[row]
+        tensors["update"].array[lanes] = table.update[row]
 
     def step(self) -> None:
         """Take one step in all lanes. Raises BackendError; then the present sample is still the old one."""
+        self._row.push()
         self._bindings[self._source].run()
         self._source = 1 - self._source
-
-
-def _zeros(*shape: int) -> Floats:
-    return np.zeros(shape, np.float32)

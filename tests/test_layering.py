@@ -48,9 +48,9 @@ LAYERS = {
     "models": Layer(ALL, None),
 }
 DRIVERS: dict[str, tuple[str, ...]] = {
-    "cuda": (),
+    "cuda": ("runtime/cuda.py",),
     # Export may not import the runtime, so its check against torch opens graphs itself.
-    "onnxruntime": ("runtime/sessions/ort.py", "export/parity.py"),
+    "onnxruntime": ("runtime/sessions/ort.py", "runtime/sessions/ort_cuda.py", "export/parity.py"),
     "openvino": ("runtime/sessions/openvino.py",),
     "polygraphy": ("engine/tensorrt.py",),
     "tensorrt": (),

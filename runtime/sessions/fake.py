@@ -8,7 +8,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from allaprima.bundle import BackendError, TensorSpec
-from allaprima.runtime.session import check_buffers
+from allaprima.runtime.memory import HOST, Memory, Tensor
+from allaprima.runtime.session import check_tensors
 
 Function = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 
@@ -17,6 +18,7 @@ class NumpySession:
     """A session whose graph is `function`: the inputs by name to the outputs by name."""
 
     precision = "fp32"
+    memory: Memory = HOST
 
     def __init__(
         self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], function: Function
@@ -25,13 +27,13 @@ class NumpySession:
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in outputs}
         self._function: Function | None = function
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> NumpyBinding:
+    def bind(self, tensors: Mapping[str, Tensor]) -> NumpyBinding:
         """See Session.bind."""
         if self._function is None:
             raise BackendError("the session is closed")
-        check_buffers(self.inputs, self.outputs, buffers)
-        given = {name: buffers[name] for name in self.inputs}
-        return NumpyBinding(self._function, given, {name: buffers[name] for name in self.outputs})
+        check_tensors(self.inputs, self.outputs, tensors)
+        given = {name: tensors[name].array for name in self.inputs}
+        return NumpyBinding(self._function, given, {name: tensors[name].array for name in self.outputs})
 
     def close(self) -> None:
         """See Session.close."""

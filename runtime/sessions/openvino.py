@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from allaprima.bundle import BackendError, Component, TensorSpec
-from allaprima.runtime.session import check_buffers, check_names
+from allaprima.runtime.memory import HOST, Memory, Tensor
+from allaprima.runtime.session import check_names, check_tensors
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -47,22 +46,23 @@ def _core_capabilities() -> list[str]:
 
 
 def open_session(
-    graph: Path, component: Component, *, precision: str | None, threads: int | None, engine: Path | None
+    graph: Path, component: Component, *, precision: str | None, threads: int | None, engines: Sequence[Path]
 ) -> OpenvinoSession:
-    """Compile a graph, or import the compiled model at `engine`; `backends.open_session` says the rest."""
+    """Compile a graph, or import the compiled model among `engines`; `backends.open_session` says the rest."""
     chosen = precision or precisions()[0]
     if chosen not in precisions():
         raise BackendError(
             f"openvino cannot compute in {chosen} on this CPU, only in {', '.join(precisions())}"
         )
+    where = str(engines[0] if engines else graph)
     try:
-        if engine is None:
+        if not engines:
             compiled = compile_graph(graph, precision=chosen, threads=threads)
         else:
-            compiled = _core().import_model(engine.read_bytes(), "CPU", _properties(chosen, threads))
+            compiled = _core().import_model(engines[0].read_bytes(), "CPU", _properties(chosen, threads))
     except Exception as error:
-        raise BackendError(f"openvino cannot load {engine or graph}: {error}") from error
-    return OpenvinoSession(compiled, component, precision=chosen, where=str(engine or graph))
+        raise BackendError(f"openvino cannot load {where}: {error}") from error
+    return OpenvinoSession(compiled, component, precision=chosen, where=where)
 
 
 def compile_graph(graph: Path, *, precision: str, threads: int | None) -> Any:
@@ -110,6 +110,8 @@ def _properties(precision: str, threads: int | None) -> dict[str, Any]:
 class OpenvinoSession:
     """See Session."""
 
+    memory: Memory = HOST
+
     def __init__(self, compiled: Any, component: Component, *, precision: str, where: str) -> None:
         self.precision = precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
@@ -125,12 +127,12 @@ class OpenvinoSession:
         check_names(self.outputs, found & self.outputs.keys(), where)
         self._compiled = compiled
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> OpenvinoBinding:
+    def bind(self, tensors: Mapping[str, Tensor]) -> OpenvinoBinding:
         """See Session.bind."""
         if self._compiled is None:
             raise BackendError("the session is closed")
-        check_buffers(self.inputs, self.outputs, buffers)
-        return OpenvinoBinding(self._compiled, buffers)
+        check_tensors(self.inputs, self.outputs, tensors)
+        return OpenvinoBinding(self._compiled, tensors)
 
     def close(self) -> None:
         """See Session.close."""
@@ -140,15 +142,17 @@ class OpenvinoSession:
 class OpenvinoBinding:
     """See Binding."""
 
-    def __init__(self, compiled: Any, buffers: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, compiled: Any, tensors: Mapping[str, Tensor]) -> None:
         import openvino
 
         self._request = compiled.create_infer_request()
         # The request keeps addresses, the tensors keep the arrays, so both must live as long as we do.
-        self._tensors = {name: openvino.Tensor(array, shared_memory=True) for name, array in buffers.items()}
+        self._tensors = {
+            name: openvino.Tensor(tensor.array, shared_memory=True) for name, tensor in tensors.items()
+        }
         try:
-            for name, tensor in self._tensors.items():
-                self._request.set_tensor(name, tensor)
+            for name, shared in self._tensors.items():
+                self._request.set_tensor(name, shared)
         except Exception as error:
             raise BackendError(f"openvino cannot bind '{name}': {error}") from error
 

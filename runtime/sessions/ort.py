@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from allaprima.bundle import BackendError, Component, TensorSpec
-from allaprima.runtime.session import check_buffers, check_names
+from allaprima.runtime.memory import HOST, Memory, Tensor
+from allaprima.runtime.session import check_names, check_tensors
 
 
 def version() -> str:
@@ -36,11 +35,11 @@ def device() -> str:
 
 
 def open_session(
-    graph: Path, component: Component, *, precision: str | None, threads: int | None, engine: Path | None
+    graph: Path, component: Component, *, precision: str | None, threads: int | None, engines: Sequence[Path]
 ) -> OrtSession:
-    """Load a graph, or the optimised graph at `engine`; `backends.open_session` says the rest."""
+    """Load a graph, or the optimised graph among `engines`; `backends.open_session` says the rest."""
     _check_precision(graph, component, precision)
-    return OrtSession(engine or graph, component, threads=threads)
+    return OrtSession(engines[0] if engines else graph, component, threads=threads)
 
 
 def compile_engine(graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
@@ -49,8 +48,7 @@ def compile_engine(graph: Path, component: Component, folder: Path, *, precision
 
     _check_precision(graph, component, precision)
     path = folder / "model.onnx"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options()
     options.optimized_model_filepath = str(path)
     # The next level rearranges weights for this processor's vectors; loading does that in any case.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -78,32 +76,24 @@ def _check_precision(graph: Path, component: Component, precision: str | None) -
 class OrtSession:
     """See Session. `spinning` lets idle threads poll for work: faster alone, a nuisance to neighbours."""
 
+    memory: Memory = HOST
+
     def __init__(
         self, path: Path, component: Component, *, threads: int | None = None, spinning: bool = True
     ) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # failures come as exceptions; they need not be logged as well
-        options.intra_op_num_threads = threads or 0
+        options = session_options(threads)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
-        check_names(self.inputs, [node.name for node in session.get_inputs()], str(path))
-        check_names(self.outputs, [node.name for node in session.get_outputs()], str(path))
-        self._session: Any = session
+        self._session: Any = load(path, component, options, ["CPUExecutionProvider"])
 
-    def bind(self, buffers: Mapping[str, NDArray[Any]]) -> OrtBinding:
+    def bind(self, tensors: Mapping[str, Tensor]) -> OrtBinding:
         """See Session.bind."""
         if self._session is None:
             raise BackendError("the session is closed")
-        check_buffers(self.inputs, self.outputs, buffers)
-        return OrtBinding(self._session, self.inputs, self.outputs, buffers)
+        check_tensors(self.inputs, self.outputs, tensors)
+        return OrtBinding(self._session, bind_addresses(self._session, self.inputs, tensors, "cpu"), tensors)
 
     def close(self) -> None:
         """See Session.close."""
@@ -113,19 +103,10 @@ class OrtSession:
 class OrtBinding:
     """See Binding."""
 
-    def __init__(
-        self,
-        session: Any,
-        inputs: Mapping[str, TensorSpec],
-        outputs: Mapping[str, TensorSpec],
-        buffers: Mapping[str, NDArray[Any]],
-    ) -> None:
-        self._buffers = dict(buffers)  # the bound addresses are theirs, so they must live as long as we do
+    def __init__(self, session: Any, binding: Any, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)  # the bound addresses are theirs, so they must live as long as we do
         self._session = session
-        self._binding = session.io_binding()
-        for name, array in self._buffers.items():
-            bind = self._binding.bind_input if name in inputs else self._binding.bind_output
-            bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._binding = binding
 
     def run(self) -> None:
         """See Binding.run."""
@@ -133,3 +114,37 @@ class OrtBinding:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(f"onnxruntime failed: {error}") from error
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Options of every session."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # failures come as exceptions; they need not be logged as well
+    options.intra_op_num_threads = threads or 0
+    return options
+
+
+def load(path: Path, component: Component, options: Any, providers: list[Any]) -> Any:
+    """An onnxruntime.InferenceSession with the tensors of the manifest. Raises BackendError."""
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:
+        raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
+    check_names((spec.name for spec in component.inputs), [node.name for node in session.get_inputs()], str(path))
+    check_names((spec.name for spec in component.outputs), [node.name for node in session.get_outputs()], str(path))
+    return session
+
+
+def bind_addresses(
+    session: Any, inputs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor], device: str
+) -> Any:
+    """An IOBinding to the addresses of tensors on a device, "cpu" or "cuda"."""
+    binding = session.io_binding()
+    for name, tensor in tensors.items():
+        bind = binding.bind_input if name in inputs else binding.bind_output
+        bind(name, device, 0, tensor.array.dtype, tensor.array.shape, tensor.address)
+    return binding

@@ -21,6 +21,7 @@ from allaprima.export.parity import Trial
 from allaprima.export.source import open_checkpoint
 from allaprima.export.stable_diffusion import read_family
 from allaprima.runtime.backends import backends, open_session
+from allaprima.runtime.memory import on_host
 
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 # The part of the checkpoint, the name of its module in the graph's, and the weights that the graph uses.
@@ -59,7 +60,7 @@ def run(
             spec.name: np.empty(spec.resolve(extents_of(component, inputs)), spec.dtype)
             for spec in component.outputs
         }
-        session.bind({**buffers, **outputs}).run()
+        session.bind(on_host({**buffers, **outputs})).run()
         return outputs
     finally:
         session.close()

@@ -323,7 +323,7 @@ def test_lanes_at_their_own_rows(bundle: Bundle) -> None:
         generator = np.random.default_rng(seed)
         denoiser.sample[lane] = generator.normal(size=(4, 8, 8))
         denoiser.history[:, lane] = 0
-        denoiser.conditions[:, lane] = generator.normal(size=(2, 77, 6))
+        denoiser.conditions.array[:, lane] = generator.normal(size=(2, 77, 6))
 
     alone = []
     for seed, table in enumerate(tables):

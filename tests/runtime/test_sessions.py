@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from allaprima.bundle import BackendError, Component, TensorSpec
-from allaprima.runtime import Session, backends, choose, open_session
+from allaprima.runtime import Session, backends, choose, decide, open_session
+from allaprima.runtime.memory import on_host
 from allaprima.runtime.sessions.fake import NumpySession
 from allaprima.runtime.sessions.openvino import compile_graph
 
@@ -83,7 +84,7 @@ def test_specs(session: Session) -> None:
 
 def test_runs_in_place_and_reads_the_present_inputs(session: Session) -> None:
     buffers = make_buffers()
-    binding = session.bind(buffers)
+    binding = session.bind(on_host(buffers))
     binding.run()
     assert is_right(buffers)
     before = buffers["y"].copy()
@@ -98,7 +99,7 @@ def test_bindings_of_several_shapes_coexist(session: Session) -> None:
     many = [
         make_buffers(lanes, channels, count) for lanes, channels, count in [(1, 4, 1), (3, 2, 7), (2, 5, 2)]
     ]
-    bindings = [session.bind(buffers) for buffers in many]
+    bindings = [session.bind(on_host(buffers)) for buffers in many]
     for _ in range(2):
         for buffers, binding in zip(many, bindings, strict=True):
             buffers["gain"] *= -2
@@ -111,9 +112,9 @@ def test_ping_pong(session: Session) -> None:
     pair = np.ones((2, 2, 3), np.float32)
     rest = make_buffers()
     start = {**rest, "x": pair[0], "y": np.zeros((4, 3), np.float32)}
-    first = session.bind(start)
+    first = session.bind(on_host(start))
     again = {**rest, "x": start["y"][:2], "y": np.zeros((4, 3), np.float32)}
-    second = session.bind(again)
+    second = session.bind(on_host(again))
     first.run()
     second.run()
     np.testing.assert_allclose(again["y"][2:], pair[0] * rest["gain"][:, None] ** 2, rtol=1e-6)
@@ -121,7 +122,7 @@ def test_ping_pong(session: Session) -> None:
 
 def test_binding_keeps_its_arrays_alive(session: Session) -> None:
     buffers = make_buffers()
-    binding = session.bind(dict(buffers))
+    binding = session.bind(on_host(dict(buffers)))
     y = buffers["y"]
     wanted = compute(buffers)["y"]
     buffers.clear()
@@ -135,7 +136,7 @@ def test_slices_of_a_larger_array(session: Session) -> None:
     buffers = make_buffers()
     whole = np.zeros((9, 3), np.float32)
     buffers["y"] = whole[3:7]
-    session.bind(buffers).run()
+    session.bind(on_host(buffers)).run()
     assert is_right(buffers)
     assert not whole[:3].any()
     assert not whole[7:].any()
@@ -169,21 +170,21 @@ def test_wrong_buffers(session: Session, name: str, array: NDArray[Any] | None, 
     else:
         buffers[name] = array
     with pytest.raises(BackendError, match=message):
-        session.bind(buffers)
+        session.bind(on_host(buffers))
 
 
 def test_overlap(session: Session) -> None:
     buffers = make_buffers()
     buffers["x"] = buffers["y"][1:3]
     with pytest.raises(BackendError, match="output 'y' overlaps 'x'"):
-        session.bind(buffers)
+        session.bind(on_host(buffers))
 
 
 def test_closed(session: Session) -> None:
     session.close()
     session.close()
     with pytest.raises(BackendError, match="closed"):
-        session.bind(make_buffers())
+        session.bind(on_host(make_buffers()))
 
 
 @pytest.mark.parametrize("backend", ["ort", "openvino"])
@@ -203,7 +204,7 @@ def test_failure_while_running(backend: str, tmp_path: Path) -> None:
     component = Component("small.onnx", "fp32", INPUTS, outputs, ())
     fake = NumpySession(INPUTS, outputs, compute)
     opened = fake if backend == "fake" else open_session(write_graph(tmp_path), component, backend)
-    binding = opened.bind(make_buffers() | {"y": np.zeros((3, 3), np.float32)})
+    binding = opened.bind(on_host(make_buffers() | {"y": np.zeros((3, 3), np.float32)}))
     with pytest.raises(BackendError, match="failed"):
         binding.run()
 
@@ -225,7 +226,7 @@ def test_engine_of_openvino(tmp_path: Path) -> None:
         tmp_path / "gone.onnx", COMPONENT, "openvino", precision="fp32", threads=1, engine=engine
     )
     buffers = make_buffers()
-    opened.bind(buffers).run()
+    opened.bind(on_host(buffers)).run()
     assert is_right(buffers)
 
 
@@ -248,20 +249,33 @@ def test_openvino_keeps_phases_exact(tmp_path: Path) -> None:
     component = Component("small.onnx", "fp32", *specs, ())
     opened = open_session(write_graph(tmp_path, text), component, "openvino", precision="bf16", threads=1)
     timestep, y = np.array([981.0, 917.37], np.float32), np.zeros((2, 4), np.float32)
-    opened.bind({"timestep": timestep, "y": y}).run()
+    opened.bind(on_host({"timestep": timestep, "y": y})).run()
     wanted = np.cos(timestep[:, None] * np.array([1, 0.1, 0.01, 0.001]))
     np.testing.assert_allclose(y, wanted, atol=5e-3)
 
 
 def test_backends() -> None:
     infos = {info.name: info for info in backends()}
-    assert list(infos) == ["openvino", "ort"]
+    assert list(infos) == ["tensorrt", "tensorrt-rtx", "ort-cuda", "openvino", "ort"]
+    assert infos["openvino"].available
+    assert infos["ort"].available
     for name, info in infos.items():
         if info.available:
             assert info.version
             assert "fp32" in info.precisions
             assert choose(name) == name
     assert infos[choose()].available
+
+
+def test_decision() -> None:
+    """What "auto" takes, and why nothing faster."""
+    decision = decide()
+    infos = {info.name: info for info in backends()}
+    faster = list(infos)[: list(infos).index(decision.backend)]
+    assert [name for name, _ in decision.passed] == faster
+    assert all(reason for _, reason in decision.passed)
+    if not infos["ort-cuda"].available:
+        assert decision.backend == "openvino"
 
 
 def test_absent_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +291,7 @@ def test_absent_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, openvino, ort"),
+        ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, tensorrt, .*, openvino, ort"),
         ({"precision": "int4"}, "unknown precision 'int4'"),
         ({"threads": 0}, "threads is 0"),
     ],

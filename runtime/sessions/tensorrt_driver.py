@@ -1,0 +1,78 @@
+"""Opening a component's plans with TensorRT or TensorRT-RTX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from allaprima.bundle import BackendError, BundleError, Component, read_engine
+from allaprima.runtime import flavours
+from allaprima.runtime.cuda import default_gpu
+from allaprima.runtime.sessions.tensorrt import Plan, TensorrtSession
+
+
+class TensorrtDriver:
+    """See backends.Loader; `name` is that of the backend."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def version(self) -> str:
+        """The version of the module; BackendError if it is not installed, or does not run on this GPU."""
+        found = default_gpu().device
+        fitting = flavours.flavour_for(found.capability)
+        if fitting is None or (fitting == "tensorrt" and self.name == "tensorrt-rtx"):
+            raise BackendError(
+                f"{self.name} does not run on {found.name}, compute capability {found.capability}: "
+                f"use {f'{fitting} or ' if fitting else ''}ort-cuda"
+            )
+        return flavours.version(self.name)
+
+    def precisions(self) -> tuple[str, ...]:
+        """What it can compute in."""
+        return ("fp16", "bf16", "fp32")
+
+    def converts(self) -> bool:
+        """An engine computes in what its graph was exported in."""
+        return False
+
+    def device(self) -> str:
+        """The GPU, in the words of an engine's key."""
+        return str(default_gpu().device)
+
+    def serves(self, device: str) -> bool:
+        """Whether an engine for `device` runs here. One of RTX may be for several compute capabilities."""
+        if self.name == "tensorrt":
+            return device == self.device()
+        return default_gpu().device.capability in device.replace(",", " ").split()
+
+    def open_session(
+        self,
+        graph: Path,
+        component: Component,
+        *,
+        precision: str | None,
+        threads: int | None,
+        engines: Sequence[Path],
+    ) -> TensorrtSession:
+        """Make ready to load engines; `backends.open_session` says the rest."""
+        role = graph.parent.name
+        if precision not in (None, component.precision):
+            raise BackendError(
+                f"{self.name} computes {role} in the precision it was exported in, {component.precision}, not "
+                f"in {precision}: export with --precision {precision}"
+            )
+        if not engines:
+            raise BackendError(
+                f"{self.name} {self.version()} has no engine of {role} for {self.device()}: "
+                f"allaprima build --backend {self.name}"
+            )
+        try:
+            plans = [Plan(path, read_engine(path.parent).key.profiles) for path in engines]
+        except BundleError as cause:
+            raise BackendError(str(cause)) from cause
+        return TensorrtSession(plans, component, default_gpu(), flavours.load(self.name))
+
+
+TENSORRT = TensorrtDriver("tensorrt")
+TENSORRT_RTX = TensorrtDriver("tensorrt-rtx")

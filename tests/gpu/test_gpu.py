@@ -1,0 +1,142 @@
+"""What only an NVIDIA GPU can tell. `make test-gpu` runs these; elsewhere they skip and say so."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from allaprima.bundle import BackendError, open_bundle, resolve
+from allaprima.engine import build_bundle, parse_sizes
+from allaprima.runtime import Pipeline, backends
+from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = "a red circle above a blue square on a white background"
+SIZES = "128x128,192x128"
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu() -> Gpu:
+    try:
+        return default_gpu()
+    except BackendError as cause:
+        pytest.skip(str(cause))
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend that works here, with engines of shapes for two sizes and up to three pictures."""
+    name = str(request.param)
+    info = next(info for info in backends() if info.name == name)
+    if not info.available:
+        pytest.skip(f"{name}: {info.reason}")
+    if name != "ort-cuda":
+        build_bundle(open_bundle(resolve("shapes")), backend=name, sizes=parse_sizes(SIZES), batch=(1, 3))
+    return name
+
+
+@pytest.fixture
+def pipeline(backend: str) -> Iterator[Pipeline]:
+    with Pipeline.open("shapes", backend=backend) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Pipeline]:
+    with Pipeline.open("shapes", backend="ort") as opened:
+        yield opened
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"sampler": "ddim", "num_inference_steps": 20},
+    {"sampler": "euler_a", "num_inference_steps": 8, "num_images": 3},
+    {"sampler": "dpmpp_2m", "num_inference_steps": 10, "width": 192, "guidance_scale": 1.0},
+    {"sampler": "ddpm", "num_inference_steps": 12, "width": 192},
+]
+
+
+def psnr(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> float:
+    error = np.square(one.astype(np.float64) - two).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def pictures(result: Any) -> list[NDArray[np.uint8]]:
+    return [np.asarray(image) for image in result.images]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_same_pictures_as_on_the_cpu(
+    pipeline: Pipeline, reference: Pipeline, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes change back and forth. Both compute in float16; a chain of steps makes small errors larger."""
+    if not graphs:
+        monkeypatch.setattr(Gpu, "capture", lambda self, work: None)
+    for request in REQUESTS * 2:
+        got = pictures(pipeline.generate(PROMPT, seed=3, **request))
+        wanted = pictures(reference.generate(PROMPT, seed=3, **request))
+        assert min(map(psnr, got, wanted)) > 25
+
+
+def test_graphs_do_not_change_a_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pipeline.open("shapes", backend=backend) as captured:
+        wanted = [pictures(captured.generate(PROMPT, seed=3, **request)) for request in REQUESTS * 2]
+    monkeypatch.setattr(Gpu, "capture", lambda self, work: None)
+    with Pipeline.open("shapes", backend=backend) as plain:
+        got = [pictures(plain.generate(PROMPT, seed=3, **request)) for request in REQUESTS * 2]
+    assert all(np.array_equal(a, b) for one, two in zip(got, wanted, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_two_pipelines(backend: str) -> None:
+    with Pipeline.open("shapes", backend=backend) as one, Pipeline.open("shapes", backend=backend) as two:
+        paint: Callable[[Pipeline, int], Any] = lambda each, seed: pictures(each.generate(PROMPT, seed=seed))
+        alone = [paint(one, 1), paint(one, 2)]
+        assert np.array_equal(paint(two, 1), alone[0])
+        assert np.array_equal(paint(one, 2), alone[1])
+        assert np.array_equal(paint(two, 2), alone[1])
+
+
+def test_memory_does_not_grow(pipeline: Pipeline, gpu: Gpu) -> None:
+    for request in REQUESTS:
+        pipeline.generate(PROMPT, seed=1, **request)
+    gpu.synchronize()
+    before = gpu.free_memory()[0]
+    for seed in range(200):
+        pipeline.generate(PROMPT, seed=seed, num_inference_steps=2, width=(128, 192)[seed % 2])
+    gpu.synchronize()
+    assert before - gpu.free_memory()[0] < 32e6
+
+
+def test_blocks(gpu: Gpu) -> None:
+    memory = CudaMemory(gpu)
+    block = memory.allocate({"a": ((300,), np.float32), "b": ((2, 2), np.int64)})
+    block.pull()
+    assert not block.tensors["a"].array.any()
+    others = [memory.allocate({"a": ((300,), np.float32)}) for _ in range(100)]
+    for index, other in enumerate(others):
+        block.tensors["a"].array[...] = index
+        block.push()
+        memory.copy(other.tensors["a"], block.tensors["a"])
+    for index, other in enumerate(others):
+        other.pull()
+        assert (other.tensors["a"].array == index).all()
+
+
+def test_out_of_memory(gpu: Gpu) -> None:
+    with pytest.raises(BackendError, match="out of memory: .* MB free"):
+        CudaMemory(gpu).allocate({"a": ((1 << 42,), np.uint8)})
+
+
+def test_foreign_streams(gpu: Gpu) -> None:
+    """Work may be put on somebody else's stream, by its handle."""
+    other = Gpu(stream=gpu.stream)
+    assert other.stream == gpu.stream
+    block = CudaMemory(other).allocate({"a": ((8,), np.float32)})
+    block.tensors["a"].array[...] = 5
+    block.push()
+    block.tensors["a"].array[...] = 0
+    block.pull()
+    assert (block.tensors["a"].array == 5).all()

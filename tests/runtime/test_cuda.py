@@ -1,0 +1,394 @@
+"""The path on a GPU, on one that is made up: its memory is the host's, and nothing is done before it must be.
+
+Whatever is enqueued runs only when somebody waits for it, so a host that overwrites what is still to be copied,
+or reads what is not there yet, gets another picture. Engines are TensorRT's interface over ONNX Runtime on the
+CPU, so pictures must be equal to the bit.
+"""
+
+import ctypes
+import gc
+import json
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from allaprima.bundle import BackendError, Bundle, Profile, RequestError
+from allaprima.runtime import Pipeline
+from allaprima.runtime.cuda import CudaMemory, Gpu, Graph
+from allaprima.runtime.sessions.tensorrt import Plan, TensorrtSession
+
+STREAM, CAPTURING = 7, 99
+NEED = {"text_encoder": 512, "denoiser": 1024, "vae_decoder": 4096}
+
+
+class LazyGpu(Gpu):
+    """See above. `limit` is how many bytes of device memory there are."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self._scratch = None
+        self.exclusive = threading.RLock()
+        self.queue: list[Callable[[], object]] = []
+        self.captured: list[Callable[[], object]] | None = None
+        self.limit, self.waits, self.launches, self.alive = limit, 0, 0, weakref.WeakSet[Any]()
+
+    @property
+    def stream(self) -> int:
+        return STREAM
+
+    def used(self) -> int:
+        return sum(buffer.size for buffer in self.alive)
+
+    def free_memory(self) -> tuple[int, int]:
+        return self.limit - self.used(), self.limit
+
+    def allocate(self, size: int) -> Any:
+        with self._told(f"{size / 1e6:.0f} MB of device memory"):
+            if size > self.free_memory()[0]:
+                raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
+        buffer = Buffer(size)
+        self.alive.add(buffer)
+        self.enqueue(lambda: ctypes.memset(buffer.handle, 0, size))
+        return buffer
+
+    def pinned(self, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.full(size, 0xAA, np.uint8)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        self.enqueue(lambda: ctypes.memmove(target, source, size))
+
+    def record(self) -> Callable[[], None]:
+        mark = len(self.queue)
+        return lambda: self._run(mark)
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        self._run(len(self.queue))
+
+    def capture(self, work: Callable[[int], bool]) -> Graph | None:
+        self.captured = []
+        done, captured = work(CAPTURING), self.captured
+        self.captured = None
+        return Graph(lambda: self._launch(captured)) if done else None
+
+    def enqueue(self, work: Callable[[], object], stream: int = STREAM) -> None:
+        assert (stream == CAPTURING) == (self.captured is not None)
+        (self.queue if self.captured is None else self.captured).append(work)
+
+    def _launch(self, captured: list[Callable[[], object]]) -> None:
+        self.launches += 1
+        self.queue.extend(captured)
+
+    def _run(self, end: int) -> None:
+        for index in range(end):
+            work, self.queue[index] = self.queue[index], lambda: None
+            work()
+
+
+class Buffer:
+    def __init__(self, size: int) -> None:
+        self.memory = np.full(size, 0xCC, np.uint8)
+        self.handle, self.size = self.memory.ctypes.data, size
+
+
+class Logger:
+    Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4)
+
+
+class Engine:
+    """TensorRT's ICudaEngine over an ONNX graph. The "plan" is JSON with the graph's path and profiles."""
+
+    def __init__(self, gpu: LazyGpu, plan: dict[str, Any]) -> None:
+        self.gpu, self.plan = gpu, plan
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(plan["graph"], options, ["CPUExecutionProvider"])
+        self.inputs = {node.name: node for node in self.session.get_inputs()}
+        self.names = [*self.inputs, *(node.name for node in self.session.get_outputs())]
+        self.num_io_tensors = len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def create_execution_context(self, strategy: object) -> "Context":
+        assert strategy == "user"
+        return Context(self)
+
+
+class Context:
+    """IExecutionContext: refuses whatever the real one would refuse or crash on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.gpu = engine, engine.gpu
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch, self.warm, self.profile = (0, 0), False, -1
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert stream_handle == STREAM
+        self.profile, self.shapes = profile_index, {}
+        return profile_index < len(self.engine.plan["profiles"])
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile >= 0
+        self.shapes[name] = shape
+        return name in self.engine.inputs
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self.engine.inputs if name not in self.shapes]
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert not self.infer_shapes()
+        return int(self.engine.plan["need"])
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        self.scratch = memory, size
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert memory % 4 == 0
+        self.addresses[name] = memory
+        return name in self.engine.names
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        if self.scratch[1] < self.engine.plan["need"] or set(self.addresses) != set(self.engine.names):
+            return False
+        if stream_handle == CAPTURING and not (self.warm and self.engine.plan["capturable"]):
+            return False
+        self.warm = True
+        addresses, (scratch, size) = dict(self.addresses), self.scratch  # as a captured graph keeps them
+        self.gpu.enqueue(lambda: self._compute(addresses, scratch, size), stream_handle)
+        return True
+
+    def _compute(self, addresses: dict[str, int], scratch: int, size: int) -> None:
+        ctypes.memset(scratch, 0x77, size)
+        feeds = {}
+        for name, node in self.engine.inputs.items():
+            dtype = np.dtype({"tensor(float)": "f4", "tensor(int64)": "i8"}[node.type])
+            count = int(np.prod(self.shapes[name]))
+            data = ctypes.string_at(addresses[name], count * dtype.itemsize)
+            feeds[name] = np.frombuffer(data, dtype).reshape(self.shapes[name])
+        outputs = self.engine.session.run(None, feeds)
+        for name, value in zip(self.engine.names[len(feeds) :], outputs, strict=True):
+            ctypes.memmove(addresses[name], np.ascontiguousarray(value).ctypes.data, value.nbytes)
+
+
+def make_module(gpu: LazyGpu) -> Any:
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            try:
+                return Engine(gpu, json.loads(plan))
+            except ValueError:
+                self.logger.log(Logger.Severity.ERROR, "the plan is damaged")
+                return None
+
+    strategies = SimpleNamespace(USER_MANAGED="user")
+    return SimpleNamespace(ILogger=Logger, Runtime=Runtime, ExecutionContextAllocationStrategy=strategies)
+
+
+def write_plan(
+    bundle: Bundle, role: str, folder: Path, *profiles: dict[str, tuple[int, int, int]], capturable: bool = True
+) -> Plan:
+    path = folder / f"{role}-{len(list(folder.iterdir()))}.plan"
+    graph = str(bundle.path(bundle.component(role).graph))
+    plan = {"graph": graph, "profiles": profiles, "need": NEED[role], "capturable": capturable}
+    path.write_text(json.dumps(plan))
+    return Plan(path, tuple(Profile(extents) for extents in profiles))
+
+
+def sides(height: int, width: int) -> dict[str, tuple[int, int, int]]:
+    return {"H": (height, height, height), "W": (width, width, width)}
+
+
+def open_pipeline(bundle: Bundle, gpu: LazyGpu, folder: Path, *, capturable: bool = True) -> Pipeline:
+    """Engines for 64 x 32 and 32 x 64 pixels, the latter in a plan of its own."""
+    branches = {"G": (1, 2, 2)}
+    plans = {
+        "text_encoder": [write_plan(bundle, "text_encoder", folder, {"B": (1, 2, 2)})],
+        "vae_decoder": [
+            write_plan(bundle, "vae_decoder", folder, {"B": (1, 1, 1), **sides(8, 4)}),
+            write_plan(bundle, "vae_decoder", folder, {"B": (1, 1, 1), **sides(4, 8)}),
+        ],
+        "denoiser": [
+            write_plan(
+                bundle,
+                "denoiser",
+                folder,
+                {"B": (1, 1, 1), **branches, **sides(8, 4)},
+                {"B": (2, 3, 3), **branches, **sides(8, 4)},
+                capturable=capturable,
+            ),
+            write_plan(bundle, "denoiser", folder, {"B": (1, 1, 1), **branches, **sides(4, 8)}),
+        ],
+    }
+    module = make_module(gpu)
+    sessions = {
+        role: TensorrtSession(each, bundle.component(role), gpu, module) for role, each in plans.items()
+    }
+    return Pipeline(bundle, sessions, backend="tensorrt")
+
+
+def pixels(result: Any) -> list[bytes]:
+    return [image.tobytes() for image in result.images]
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"sampler": "ddim", "num_inference_steps": 6, "height": 64, "width": 32},
+    {"sampler": "euler_a", "num_inference_steps": 7, "height": 64, "width": 32, "num_images": 3},
+    {"sampler": "dpmpp_2m", "num_inference_steps": 5, "height": 32, "width": 64, "guidance_scale": 1.0},
+    {"sampler": "ddpm", "num_inference_steps": 9, "height": 64, "width": 32},
+]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_same_pictures_as_on_the_cpu(
+    bundle: Bundle, tmp_path: Path, watched: bool, capturable: bool
+) -> None:
+    gpu = LazyGpu()
+    seen: list[bytes] = []
+    wanted: list[bytes] = []
+    with (
+        open_pipeline(bundle, gpu, tmp_path, capturable=capturable) as device,
+        Pipeline.open(bundle.folder, backend="ort", threads=1) as host,
+    ):
+        for request in REQUESTS * 2:  # shapes change back and forth
+            tell = (lambda into: lambda progress: into.append(progress.sample.tobytes())) if watched else None
+            got = device.generate("a red circle", seed=5, callback=tell and tell(seen), **request)
+            right = host.generate("a red circle", seed=5, callback=tell and tell(wanted), **request)
+            assert pixels(got) == pixels(right)
+        assert seen == wanted
+        assert bool(gpu.launches) or not capturable
+
+
+def test_no_waiting_between_steps(bundle: Bundle, tmp_path: Path) -> None:
+    gpu = LazyGpu()
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        for steps in (5, 50):
+            gpu.waits = 0
+            device.generate("a red circle", sampler="euler_a", num_inference_steps=steps, height=64, width=32)
+            assert gpu.waits == 2  # the latents at the end, to see that they are finite, and the picture
+
+
+def test_graphs_are_launched_and_follow_the_scratch_area(bundle: Bundle, tmp_path: Path) -> None:
+    gpu = LazyGpu()
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        request = {"num_inference_steps": 6, "height": 64, "width": 32, "seed": 1}
+        first = device.generate("a red circle", **request)
+        launched = gpu.launches
+        assert launched == 4  # each of the two bindings ran once before
+        gpu.scratch(1 << 16)  # moves it
+        again = device.generate("a red circle", **request)
+        assert gpu.launches - launched == 4
+        assert pixels(first) == pixels(again)
+        device.generate("a red circle", **request)
+        assert gpu.launches - launched == 4 + 6 + 2  # the text encoder and the decoder have theirs too
+
+
+def test_memory_does_not_grow(bundle: Bundle, tmp_path: Path) -> None:
+    gpu = LazyGpu()
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        used = []
+        for index in range(6):
+            for request in REQUESTS[:3]:
+                device.generate("a red circle", seed=index, **request)
+            gpu.queue.clear()
+            gc.collect()
+            used.append(gpu.used())
+        assert len(set(used)) == 1
+    gpu.queue.clear()
+    gpu._scratch = None
+    gc.collect()
+    del device
+    gc.collect()
+    assert gpu.used() == 0
+
+
+def test_out_of_memory(bundle: Bundle, tmp_path: Path) -> None:
+    gpu = LazyGpu(limit=60_000)
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        request = {"num_inference_steps": 2, "height": 64, "width": 32, "seed": 1}
+        before = pixels(device.generate("a red circle", **request))
+        gpu.limit = gpu.used()
+        with pytest.raises(BackendError, match=r"out of memory: \d+ MB .* free\. Lower num_images"):
+            device.generate("a red circle", num_images=3, **request)
+        gpu.limit = 1 << 30
+        assert pixels(device.generate("a red circle", **request)) == before
+
+
+def test_shapes_that_no_engine_serves(bundle: Bundle, tmp_path: Path) -> None:
+    with open_pipeline(bundle, LazyGpu(), tmp_path) as device:
+        before = device.generate("a red circle", num_inference_steps=2, height=64, width=32, seed=1)
+        with pytest.raises(RequestError, match=r"built for .*H 8, W 8; the nearest is for B 1.* --shapes"):
+            device.generate("a red circle", num_inference_steps=2, height=64, width=64)
+        after = device.generate("a red circle", num_inference_steps=2, height=64, width=32, seed=1)
+        assert pixels(before) == pixels(after)
+
+
+def test_plan_that_cannot_be_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    gpu = LazyGpu()
+    path = tmp_path / "bad.plan"
+    path.write_bytes(b"\x00")
+    plan = Plan(path, (Profile({"B": (1, 1, 1), **sides(8, 4)}),))
+    session = TensorrtSession([plan], bundle.component("vae_decoder"), gpu, make_module(gpu))
+    block = session.memory.allocate(
+        {"sample": ((1, 4, 8, 4), np.float32), "image": ((1, 64, 32, 3), np.uint8)}
+    )
+    with pytest.raises(BackendError, match=r"bad\.plan cannot be loaded: the plan is damaged\. Build it again"):
+        session.bind(block.tensors)
+    session.close()
+    with pytest.raises(BackendError, match="closed"):
+        session.bind(block.tensors)
+
+
+def test_blocks_keep_what_was_pushed() -> None:
+    """A push takes the arrays as they are, however late the copies are made, and however many there are."""
+    gpu = LazyGpu()
+    memory = CudaMemory(gpu)
+    block = memory.allocate({"a": ((300,), np.float32), "b": ((2, 2), np.int64)})
+    kept = [memory.allocate({"a": ((300,), np.float32)}) for _ in range(150)]
+    a, b = block.tensors["a"], block.tensors["b"]
+    assert a.address % 256 == b.address % 256 == 0
+    for index, each in enumerate(kept):
+        a.array[...] = index
+        b.array[...] = -index
+        block.push()
+        memory.copy(each.tensors["a"], a)
+        a.array[...] = np.nan
+    for index, each in enumerate(kept):
+        each.pull()
+        assert (each.tensors["a"].array == index).all()
+    block.pull()
+    assert (b.array == -149).all()
+
+
+def test_tensor_keeps_its_memory() -> None:
+    gpu = LazyGpu()
+    part = CudaMemory(gpu).allocate({"a": ((4, 5), np.float32)}).tensors["a"][3].reshape(5, 1)
+    gpu.synchronize()
+    gpu.queue.clear()
+    gc.collect()
+    assert len(gpu.alive) == 1
+    assert part.array.shape == (5, 1)
+    del part
+    gc.collect()
+    assert not gpu.alive
+
+
+def test_no_gpu_says_so() -> None:
+    pytest.importorskip("cuda.core")
+    try:
+        Gpu()
+    except BackendError as error:
+        assert "no NVIDIA GPU can be used here" in str(error)
+        assert "\n" not in str(error)
+    else:
+        pytest.skip("this machine has a GPU")
