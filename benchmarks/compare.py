@@ -187,7 +187,7 @@ def _compare(options: argparse.Namespace, command: str) -> str:
     os.environ["ALLAPRIMA_CACHE"] = str(options.bundles / "no-engines")
     introduction = (
         f"{model.name}, {settings.width} × {settings.height}, batch 1, {settings.sampler}, "
-        f"guidance {settings.guidance_scale:g}, {plan.rounds} rounds of {plan.repeats}."
+        f"guidance {settings.guidance_scale:g}, rounds: {plan.rounds}, pairs in each: {plan.repeats}."
     )
     about = {
         **stamp(command, model.name, settings.threads),

@@ -55,7 +55,9 @@ class Starter:
         environment = {**os.environ, "ALLAPRIMA_CACHE": str(cache)}
         started = time.perf_counter()
         with tempfile.TemporaryFile() as said:
-            process = subprocess.Popen([*self.command, str(picture)], stdout=said, stderr=said, env=environment)
+            process = subprocess.Popen(
+                [*self.command, str(picture)], stdout=said, stderr=said, env=environment
+            )
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - started
             process.returncode = os.waitstatus_to_exitcode(status)

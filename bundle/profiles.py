@@ -45,7 +45,7 @@ class Profile(Record):
 
 
 def nearest(profiles: Iterable[Profile], extents: Mapping[str, int]) -> Profile | None:
-    """The profile that these extents miss by the smallest factors, the one that serves them if there is one."""
+    """The profile that these extents miss by the smallest factors; one that serves them if there is one."""
 
     def distance(profile: Profile) -> float:
         return sum(

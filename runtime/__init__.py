@@ -10,6 +10,7 @@ from allaprima.runtime.session import Binding, Session
 __all__ = [
     "BackendInfo",
     "Binding",
+    "Decision",
     "Parameters",
     "Pipeline",
     "Progress",
@@ -20,6 +21,7 @@ __all__ = [
     "backends",
     "check_writable",
     "choose",
+    "decide",
     "open_session",
     "read_parameters",
     "save_image",

@@ -55,7 +55,7 @@ class Gpu:
             CuPy, cuda.core) or `handle` (PyCUDA). It must be of the primary context. None makes one.
 
     Raises:
-        BackendError: cuda.core is not installed, there is no driver, no such device, or the driver is too old.
+        BackendError: cuda.core is not installed, there is no driver, it is too old, or no such device.
     """
 
     def __init__(self, index: int = 0, stream: object | None = None) -> None:
@@ -115,9 +115,10 @@ class Gpu:
 
         with self._told(f"{size / 1e6:.0f} MB of pinned host memory"):
             buffer: Any = LegacyPinnedMemoryResource().allocate(max(size, 1))
-        memory = (ctypes.c_uint8 * size).from_address(int(buffer.handle))
-        memory.owner = buffer  # type: ignore[attr-defined]  # the array keeps `memory`, and so the buffer
-        return np.frombuffer(memory, np.uint8)
+        memory: Any = (ctypes.c_uint8 * size).from_address(int(buffer.handle))
+        memory.owner = buffer  # the array keeps `memory`, and so the buffer
+        array: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
+        return array
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Enqueue a copy between any two addresses, of the device or of pinned memory."""

@@ -22,8 +22,8 @@ Layout = Mapping[str, tuple[tuple[int, ...], DTypeLike]]
 class Tensor:
     """An array of the host, C-contiguous, and the address at which a backend finds the same tensor.
 
-    `address` is in the memory that the tensor was allocated from: the array's own on a CPU, else the device's;
-    `owner` is what keeps that memory, if it is not the array.
+    `address` is in the memory that the tensor was allocated from: the array's own on a CPU, else the
+    device's; `owner` is what keeps that memory, if it is not the array.
     """
 
     array: NDArray[Any]

@@ -50,8 +50,8 @@ class Session(Protocol):
         session may coexist, with different shapes, and may share tensors as long as they do not run at the
         same time.
 
-        Raises BackendError naming the tensor, what it should be and what it is, or after `close`; RequestError
-        for shapes that the engine was not built for.
+        Raises BackendError naming the tensor, what it should be and what it is, or after `close`;
+        RequestError for shapes that no engine was built for.
         """
 
     def close(self) -> None:
@@ -81,7 +81,9 @@ def check_tensors(
                 sizes.setdefault(axis, size)
     for name, spec in specs.items():
         wanted = tuple(_size(axis, sizes) for axis in spec.shape)
-        if any(want not in (None, size) for want, size in zip(wanted, tensors[name].array.shape, strict=True)):
+        if any(
+            want not in (None, size) for want, size in zip(wanted, tensors[name].array.shape, strict=True)
+        ):
             raise _mismatch(spec, tensors[name].array, sizes)
     _check_overlap(inputs, outputs, tensors)
     return sizes
@@ -123,9 +125,7 @@ def _check_overlap(inputs: Iterable[str], outputs: Iterable[str], tensors: Mappi
 
 def _overlap(one: Tensor, two: Tensor) -> bool:
     """Exact, since both are contiguous."""
-    return (
-        one.address < two.address + two.array.nbytes and two.address < one.address + one.array.nbytes
-    )
+    return one.address < two.address + two.array.nbytes and two.address < one.address + one.array.nbytes
 
 
 def _size(axis: int | str, sizes: Mapping[str, int]) -> int | None:

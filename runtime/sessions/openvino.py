@@ -48,7 +48,7 @@ def _core_capabilities() -> list[str]:
 def open_session(
     graph: Path, component: Component, *, precision: str | None, threads: int | None, engines: Sequence[Path]
 ) -> OpenvinoSession:
-    """Compile a graph, or import the compiled model among `engines`; `backends.open_session` says the rest."""
+    """Compile a graph, or import a compiled model; `backends.open_session` says the rest."""
     chosen = precision or precisions()[0]
     if chosen not in precisions():
         raise BackendError(

@@ -134,8 +134,9 @@ def load(path: Path, component: Component, options: Any, providers: list[Any]) -
         session = onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:
         raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
-    check_names((spec.name for spec in component.inputs), [node.name for node in session.get_inputs()], str(path))
-    check_names((spec.name for spec in component.outputs), [node.name for node in session.get_outputs()], str(path))
+    sides = (component.inputs, session.get_inputs()), (component.outputs, session.get_outputs())
+    for specs, nodes in sides:
+        check_names([spec.name for spec in specs], [node.name for node in nodes], str(path))
     return session
 
 

@@ -56,8 +56,8 @@ def open_session(
 class OrtCudaSession:
     """See Session.
 
-    Steps are enqueued on the GPU's stream without waiting, and captured as a CUDA graph for each binding where
-    ONNX Runtime can (`captures`); it cannot for graphs of which it places nodes on the CPU.
+    Steps are enqueued on the GPU's stream without waiting, and captured as a CUDA graph for each binding
+    where ONNX Runtime can (`captures`); it cannot for graphs of which it places nodes on the CPU.
     """
 
     def __init__(self, path: Path, component: Component, gpu: Gpu) -> None:

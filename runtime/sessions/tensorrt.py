@@ -68,7 +68,7 @@ class TensorrtSession:
         asked = ", ".join(f"{axis} {extents[axis]}" for axis in (near.extents if near else extents))
         return RequestError(
             f"no engine of {self._name} was built for {asked}; the nearest is for "
-            f"{near.words() if near else 'nothing'}: name the size and batch in allaprima build --shapes --batch"
+            f"{near.words() if near else 'nothing'}: allaprima build with --shapes and --batch"
         )
 
     def _engine(self, path: Path) -> Engine:
@@ -101,7 +101,7 @@ class TensorrtSession:
         return context
 
     def _settings(self, engine: Engine, strategy: Any) -> Any:
-        """What a context is made from. RTX compiles for the shapes at hand before the first run, not behind it."""
+        """What a context is made from. RTX compiles for its shapes before the first run, not behind it."""
         if not hasattr(self._module, "DynamicShapesKernelSpecializationStrategy"):
             return strategy
         settings: Any = engine.create_runtime_config()
@@ -115,8 +115,8 @@ class TensorrtBinding:
     """See Binding.
 
     The first run is an ordinary one, in which TensorRT does what is left to do for the shapes; the second is
-    captured as a CUDA graph, and later ones launch that. The scratch area is shared by all bindings of the GPU;
-    when it has moved, the graph is captured again.
+    captured as a CUDA graph, and later ones launch that. The scratch area is shared by all bindings of the
+    GPU; when it has moved, the graph is captured again.
     """
 
     def __init__(self, context: Context, tensors: Mapping[str, Tensor], gpu: Gpu, log: Log) -> None:

@@ -59,8 +59,8 @@ class TensorrtDriver:
         role = graph.parent.name
         if precision not in (None, component.precision):
             raise BackendError(
-                f"{self.name} computes {role} in the precision it was exported in, {component.precision}, not "
-                f"in {precision}: export with --precision {precision}"
+                f"{self.name} computes {role} in the precision it was exported in, {component.precision}, "
+                f"not in {precision}: export with --precision {precision}"
             )
         if not engines:
             raise BackendError(

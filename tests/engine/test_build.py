@@ -152,16 +152,16 @@ def test_a_damaged_engine_is_not_loaded(bundle: Bundle, damage: str, monkeypatch
     first = build(bundle, "ort")
     DAMAGES[damage](first[0].folder / first[0].engine.main)
     assert find_engine(first[0].engine.key) is None
-    opened: list[Path | None] = []
+    opened: list[Sequence[Path]] = []
     open_session = allaprima.runtime.pipeline.open_session
 
-    def watch(*args: Any, engine: Path | None, **options: Any) -> Any:
-        opened.append(engine)
-        return open_session(*args, engine=engine, **options)
+    def watch(*args: Any, engines: Sequence[Path], **options: Any) -> Any:
+        opened.append(engines)
+        return open_session(*args, engines=engines, **options)
 
     monkeypatch.setattr(allaprima.runtime.pipeline, "open_session", watch)
     paint(bundle, "ort")
-    assert opened == [None, *(one.folder / one.engine.main for one in first[1:])]
+    assert opened == [(), *((one.folder / one.engine.main,) for one in first[1:])]
     second = build(bundle, "ort")
     assert [one.reused for one in second] == [False, True, True]
     assert find_engine(first[0].engine.key) == second[0].folder / second[0].engine.main

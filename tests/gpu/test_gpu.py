@@ -1,6 +1,6 @@
 """What only an NVIDIA GPU can tell. `make test-gpu` runs these; elsewhere they skip and say so."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -87,12 +87,19 @@ def test_graphs_do_not_change_a_bit(backend: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Gpu, "capture", lambda self, work: None)
     with Pipeline.open("shapes", backend=backend) as plain:
         got = [pictures(plain.generate(PROMPT, seed=3, **request)) for request in REQUESTS * 2]
-    assert all(np.array_equal(a, b) for one, two in zip(got, wanted, strict=True) for a, b in zip(one, two, strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for one, two in zip(got, wanted, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def paint(pipeline: Pipeline, seed: int) -> NDArray[np.uint8]:
+    return pictures(pipeline.generate(PROMPT, seed=seed))[0]
 
 
 def test_two_pipelines(backend: str) -> None:
     with Pipeline.open("shapes", backend=backend) as one, Pipeline.open("shapes", backend=backend) as two:
-        paint: Callable[[Pipeline, int], Any] = lambda each, seed: pictures(each.generate(PROMPT, seed=seed))
         alone = [paint(one, 1), paint(one, 2)]
         assert np.array_equal(paint(two, 1), alone[0])
         assert np.array_equal(paint(one, 2), alone[1])
@@ -126,7 +133,7 @@ def test_blocks(gpu: Gpu) -> None:
 
 
 def test_out_of_memory(gpu: Gpu) -> None:
-    with pytest.raises(BackendError, match="out of memory: .* MB free"):
+    with pytest.raises(BackendError, match=r"out of memory: .* MB free"):
         CudaMemory(gpu).allocate({"a": ((1 << 42,), np.uint8)})
 
 

@@ -1,8 +1,8 @@
-"""The path on a GPU, on one that is made up: its memory is the host's, and nothing is done before it must be.
+"""The path on a GPU, on one that is made up: its memory is the host's, and nothing is done before it must.
 
-Whatever is enqueued runs only when somebody waits for it, so a host that overwrites what is still to be copied,
-or reads what is not there yet, gets another picture. Engines are TensorRT's interface over ONNX Runtime on the
-CPU, so pictures must be equal to the bit.
+Whatever is enqueued runs only when somebody waits for it, so a host that overwrites what is still to be
+copied, or reads what is not there yet, gets another picture. Engines are TensorRT's interface over ONNX
+Runtime on the CPU, so pictures must be equal to the bit.
 """
 
 import ctypes
@@ -93,8 +93,8 @@ class LazyGpu(Gpu):
 
 class Buffer:
     def __init__(self, size: int) -> None:
-        self.memory = np.full(size, 0xCC, np.uint8)
-        self.handle, self.size = self.memory.ctypes.data, size
+        self.memory = np.full(size + 256, 0xCC, np.uint8)
+        self.handle, self.size = -(-self.memory.ctypes.data // 256) * 256, size
 
 
 class Logger:
@@ -195,7 +195,11 @@ def make_module(gpu: LazyGpu) -> Any:
 
 
 def write_plan(
-    bundle: Bundle, role: str, folder: Path, *profiles: dict[str, tuple[int, int, int]], capturable: bool = True
+    bundle: Bundle,
+    role: str,
+    folder: Path,
+    *profiles: dict[str, tuple[int, int, int]],
+    capturable: bool = True,
 ) -> Plan:
     path = folder / f"{role}-{len(list(folder.iterdir()))}.plan"
     graph = str(bundle.path(bundle.component(role).graph))
@@ -250,9 +254,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_same_pictures_as_on_the_cpu(
-    bundle: Bundle, tmp_path: Path, watched: bool, capturable: bool
-) -> None:
+def test_same_pictures_as_on_the_cpu(bundle: Bundle, tmp_path: Path, watched: bool, capturable: bool) -> None:
     gpu = LazyGpu()
     seen: list[bytes] = []
     wanted: list[bytes] = []
@@ -342,7 +344,9 @@ def test_plan_that_cannot_be_loaded(bundle: Bundle, tmp_path: Path) -> None:
     block = session.memory.allocate(
         {"sample": ((1, 4, 8, 4), np.float32), "image": ((1, 64, 32, 3), np.uint8)}
     )
-    with pytest.raises(BackendError, match=r"bad\.plan cannot be loaded: the plan is damaged\. Build it again"):
+    with pytest.raises(
+        BackendError, match=r"bad\.plan cannot be loaded: the plan is damaged\. Build it again"
+    ):
         session.bind(block.tensors)
     session.close()
     with pytest.raises(BackendError, match="closed"):
@@ -385,10 +389,7 @@ def test_tensor_keeps_its_memory() -> None:
 
 def test_no_gpu_says_so() -> None:
     pytest.importorskip("cuda.core")
-    try:
-        Gpu()
-    except BackendError as error:
-        assert "no NVIDIA GPU can be used here" in str(error)
-        assert "\n" not in str(error)
-    else:
+    if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has a GPU")
+    with pytest.raises(BackendError, match=r"^no NVIDIA GPU can be used here: [^\n]+$"):
+        Gpu()

@@ -178,7 +178,10 @@ def test_trajectory_of_diffusers(
         if fields.get("rescale_betas_zero_snr") and sampler in ("ddim", "ddpm") and prediction == "epsilon":
             continue  # dividing by an alpha of zero: see test_no_table_of_infinities
         table = make_table(config, sampler, steps, history=HISTORY)
-        assert error_of(table, kind.from_config(config), steps, monkeypatch) <= 1e-5, (spacing, steps)
+        # With zero terminal SNR diffusers takes logarithms in float32 of ratios up to 4096; what is left of
+        # their last digits depends on the processor.
+        limit = 3e-5 if fields.get("rescale_betas_zero_snr") else 1e-5
+        assert error_of(table, kind.from_config(config), steps, monkeypatch) <= limit, (spacing, steps)
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

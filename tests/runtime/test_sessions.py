@@ -223,7 +223,7 @@ def test_engine_of_openvino(tmp_path: Path) -> None:
     compiled = compile_graph(write_graph(tmp_path), precision="fp32", threads=1)
     engine.write_bytes(compiled.export_model().getvalue())
     opened = open_session(
-        tmp_path / "gone.onnx", COMPONENT, "openvino", precision="fp32", threads=1, engine=engine
+        tmp_path / "gone.onnx", COMPONENT, "openvino", precision="fp32", threads=1, engines=[engine]
     )
     buffers = make_buffers()
     opened.bind(on_host(buffers)).run()
