@@ -29,16 +29,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes",
         metavar="WxH,...",
-        help="picture sizes, each compiled for itself (the model's own; tensorrt-rtx)",
+        help="picture sizes, each compiled for itself (the model's own; both TensorRTs)",
     )
-    parser.add_argument("--batch", metavar="N|N-M", help="pictures in a batch, from N to M (1; tensorrt-rtx)")
+    parser.add_argument(
+        "--batch", metavar="N|N-M", help="pictures in a batch, from N to M (1; both TensorRTs)"
+    )
     parser.add_argument(
         "--target",
         metavar="CC,...",
         help="compute capabilities to compile for, as in 8.9,12.0 (8.0 and newer; tensorrt-rtx)",
     )
-    parser.add_argument("--workspace", metavar="MIB", type=int, help="most scratch memory (tensorrt-rtx)")
-    parser.add_argument("--level", type=int, help="optimisation level, 0 to 5 (tensorrt-rtx)")
+    parser.add_argument("--workspace", metavar="MIB", type=int, help="most scratch memory (both TensorRTs)")
+    parser.add_argument("--level", type=int, help="optimisation level, 0 to 5 (both TensorRTs)")
+    parser.add_argument(
+        "--refit", action="store_true", help="let the weights be changed later (tensorrt 11.4 or newer)"
+    )
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="another cache, to be copied to another machine"
     )
@@ -77,11 +82,11 @@ def _tensorrt(options: argparse.Namespace) -> Options | None:
     """The options of the TensorRT family, None if there are none."""
     from allaprima.engine import Options
 
-    if (options.target, options.workspace, options.level) == (None, None, None):
+    if (options.target, options.workspace, options.level, options.refit) == (None, None, None, False):
         return None
     targets = tuple(word.strip() for word in options.target.split(",")) if options.target is not None else ()
     workspace = None if options.workspace is None else options.workspace * 2**20
-    return Options(targets, workspace, options.level)
+    return Options(targets, workspace, options.level, options.refit)
 
 
 def _to_json(built: Built) -> dict[str, Any]:

@@ -36,22 +36,24 @@ def run(options: argparse.Namespace) -> None:
         return
     if found:
         print_table(
-            ("bundle", "component", "backend", "precision", "size", "state", "folder"), map(_row, found)
+            ("bundle", "component", "backend", "precision", "size", "state", "name"), map(_row, found)
         )
     size = show_bytes(sum(entry.size for entry in found))
     what = "holds" if options.action == "list" else "lost"
-    print(f"{cache_folder()} {what} {len(found)} engines, {size}")
+    count = sum(entry.engine is not None or entry.path.is_dir() for entry in found)
+    print(f"{cache_folder()} {what} {count} engines, {size}")
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
     state = entry.stale or "ready"
     if entry.engine is None:
-        return "", "", "", "", show_bytes(entry.size), state, entry.folder.name
+        kind = "" if entry.path.is_dir() else "timings"
+        return "", kind, "", "", show_bytes(entry.size), state, entry.path.name
     key = entry.engine.key
     size = show_bytes(entry.size)
-    return entry.engine.bundle, key.component, key.backend, key.precision, size, state, entry.folder.name
+    return entry.engine.bundle, key.component, key.backend, key.precision, size, state, entry.path.name
 
 
 def _to_json(entry: Entry) -> dict[str, Any]:
     engine = None if entry.engine is None else entry.engine.to_json()
-    return {"folder": str(entry.folder), "size": entry.size, "stale": entry.stale, "engine": engine}
+    return {"path": str(entry.path), "size": entry.size, "stale": entry.stale, "engine": engine}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import asdict
+from typing import Any
 
 from allaprima.bundle import VERSION, builtin_names
-from allaprima.cli.machine import Machine, read_machine
+from allaprima.cli.machine import Gpu, Machine, read_machine
 from allaprima.cli.output import add_json, print_json, print_table, show_bytes
 
 
@@ -22,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
 
     machine, found, bundles = read_machine(), backends(), builtin_names()
     if options.json:
-        report = {"allaprima": VERSION, "machine": asdict(machine), "bundles": list(bundles)}
+        report: dict[str, Any] = {"allaprima": VERSION, "machine": asdict(machine), "bundles": list(bundles)}
         report |= {"compilers": [asdict(info) for info in compilers()]}
         print_json({**report, "backends": [asdict(info) for info in found]})
         return
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
         ],
     )
     print_table(
-        ("compiles for other machines", "works", "version", "what to do"),
+        ("compiles for GPUs", "works", "version", "what to do"),
         [(info.name, "yes" if info.available else "no", info.version, info.reason) for info in compilers()],
     )
 
@@ -61,8 +63,14 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         ("cpu features", ", ".join(machine.features) or "none known"),
         ("memory", ", ".join(memory) or "unknown"),
     ]
-    gpus = [
-        f"{gpu.name}, {show_bytes(gpu.memory_total)}, driver {gpu.driver}, sm {gpu.compute_capability}"
-        for gpu in machine.gpus
-    ]
+    gpus = [_gpu(gpu) for gpu in machine.gpus]
     return facts + [("gpu", gpu) for gpu in gpus or ["none found by nvidia-smi"]]
+
+
+def _gpu(gpu: Gpu) -> str:
+    from allaprima.runtime.flavours import flavour_for
+
+    what = f"{gpu.name}, {show_bytes(gpu.memory_total)}, driver {gpu.driver}, sm {gpu.compute_capability}"
+    if not re.fullmatch(r"\d+\.\d+", gpu.compute_capability):
+        return what
+    return f"{what}: {flavour_for(gpu.compute_capability) or 'too old for TensorRT'}"

@@ -2,8 +2,9 @@
 
 from allaprima.engine.build import Built, Progress, build_bundle
 from allaprima.engine.cache import Entry, clear, entries, prune
+from allaprima.engine.options import Options
 from allaprima.engine.shapes import parse_range, parse_sizes
-from allaprima.engine.tensorrt import CompilerInfo, Options, compilers
+from allaprima.engine.tensorrt import CompilerInfo, compilers
 
 __all__ = [
     "Built",

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from allaprima.bundle import (
+    BackendError,
     BuildError,
     Bundle,
     Engine,
@@ -24,9 +25,12 @@ from allaprima.bundle import (
     why_missing,
     writing_engine,
 )
+from allaprima.engine.device import current_gpu
+from allaprima.engine.options import Options
 from allaprima.engine.shapes import Size
-from allaprima.engine.tensorrt import FLAVOURS, Options
 from allaprima.engine.toolchains import Native, TensorRT, Toolchain
+from allaprima.runtime.backends import backends, choose
+from allaprima.runtime.flavours import FLAVOURS, flavour_for
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,20 @@ def _toolchain(
     batch: tuple[int, int],
     options: Options | None,
 ) -> Toolchain:
+    backend = _resolve(backend)
     if backend in FLAVOURS:
         return TensorRT(bundle, backend, precision, sizes, batch, options or Options())
     return Native(bundle, backend, precision, fixed=bool(sizes) or batch != (1, 1) or options is not None)
+
+
+def _resolve(backend: str) -> str:
+    """For "auto" what suits this machine's GPU if it also runs here, else the runtime's choice."""
+    if backend == "auto":
+        with suppress(BackendError):
+            flavour = flavour_for(current_gpu().capability)
+            if any(info.name == flavour and info.available for info in backends()):
+                return str(flavour)
+    return backend if backend in FLAVOURS else choose(backend)
 
 
 class _Stages:

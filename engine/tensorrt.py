@@ -1,77 +1,42 @@
 """TensorRT and TensorRT-RTX: from an ONNX graph to a plan, through Polygraphy.
 
-The two share their API; what differs is in `FLAVOURS` and in `_config`.
+The two share their API; what differs is in `runtime/flavours.py` and in `_config`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import io
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from allaprima.bundle import BackendError, BuildError, Component, Profile, RequestError
+from allaprima.bundle import BackendError, BuildError, Component, Profile, TensorSpec
+from allaprima.engine.device import current_gpu
+from allaprima.engine.options import TARGETS, Options
+from allaprima.runtime.flavours import FLAVOURS, load, version
 
-TARGETS = {"7.5": 0x01, "8.0": 0x02, "8.6": 0x04, "8.9": 0x08, "12.0": 0x10, "12.1": 0x20}
-"""Compute capabilities that TensorRT-RTX compiles for, with their bits in a plan's header."""
-AMPERE_AND_NEWER = ("8.0", "8.6", "8.9", "12.0", "12.1")
+# Classes of the two modules, which come without types. A test holds what is used of values of these classes
+# against the real ones, so annotate every such value.
+INetworkDefinition: TypeAlias = Any
+ITensor: TypeAlias = Any
+
 _TARGET_BYTE = 32
-"""Place of those bits in the header."""
-
-
-@dataclass(frozen=True)
-class Flavour:
-    """One of the two: Python module, its bindings, and what to install."""
-
-    module: str
-    bindings: str
-    remedy: str
-
-
-FLAVOURS = {
-    "tensorrt": Flavour(
-        "tensorrt", "tensorrt_bindings", 'pip install "allaprima[tensorrt]" (needs an NVIDIA GPU)'
-    ),
-    "tensorrt-rtx": Flavour("tensorrt_rtx", "tensorrt_rtx_bindings", 'pip install "allaprima[tensorrt-rtx]"'),
+"""Place of the bits of `TARGETS` in a plan's header."""
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "UINT8": "uint8",
+    "BOOL": "bool",
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan is built. `workspace` in bytes and `level` (0 to 5) None are the builder's defaults."""
-
-    targets: tuple[str, ...] = ()
-    workspace: int | None = None
-    level: int | None = None
-
-    def __post_init__(self) -> None:
-        for target in self.targets:
-            if target not in TARGETS:
-                raise RequestError(
-                    f"TensorRT-RTX does not compile for compute capability {target}: "
-                    f"choose from {', '.join(TARGETS)}"
-                )
-        if self.level is not None and not 0 <= self.level <= 5:
-            raise RequestError(f"optimisation level {self.level}: choose 0 to 5")
-        if self.workspace is not None and self.workspace < 1:
-            raise RequestError(f"a workspace of {self.workspace} bytes: give at least 1")
-
-    def for_targets(self, targets: tuple[str, ...]) -> Options:
-        """The same for these compute capabilities."""
-        return replace(self, targets=targets)
-
-    def flags(self) -> dict[str, str]:
-        """What of this changes a plan, in words, for the engine's key."""
-        named = {"workspace": self.workspace, "level": self.level}
-        return {name: str(value) for name, value in named.items() if value is not None}
+"""NumPy's names for the parser's."""
 
 
 @dataclass(frozen=True)
@@ -85,42 +50,18 @@ class CompilerInfo:
 
 
 def compilers() -> tuple[CompilerInfo, ...]:
-    """The flavours that this version of allaprima compiles for."""
+    """TensorRT-RTX and TensorRT."""
+    return tuple(_probe(name) for name in sorted(FLAVOURS, key=lambda name: not FLAVOURS[name].ahead_of_time))
+
+
+def _probe(backend: str) -> CompilerInfo:
     try:
-        return (CompilerInfo("tensorrt-rtx", True, version("tensorrt-rtx")),)
+        found = version(backend)
+        if not FLAVOURS[backend].ahead_of_time:
+            current_gpu()
+        return CompilerInfo(backend, True, found)
     except BackendError as cause:
-        return (CompilerInfo("tensorrt-rtx", False, reason=str(cause)),)
-
-
-def load(backend: str) -> Any:
-    """The Python module of a flavour. Raises BackendError saying what to install."""
-    flavour = FLAVOURS[backend]
-    with contextlib.suppress(ImportError):
-        return importlib.import_module(flavour.module)
-    try:
-        if backend == "tensorrt-rtx":
-            _load_libraries()
-        module = importlib.import_module(flavour.bindings)
-    except (ImportError, OSError) as cause:
-        raise BackendError(f"{backend} is not installed ({cause}): {flavour.remedy}") from cause
-    return sys.modules.setdefault(flavour.module, module)  # by this name Polygraphy imports it
-
-
-def _load_libraries() -> None:
-    """The wheels on PyPI are the bindings alone; their libraries come with ONNX Runtime's plug-in."""
-    import ctypes
-
-    found = importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx")
-    folder = Path(found.origin).parent if found is not None and found.origin else None
-    for stem in ("libcudart.so.", "libtensorrt_rtx.so.", "libtensorrt_onnxparser_rtx.so."):
-        paths = sorted(folder.glob(f"{stem}*")) if folder is not None else []
-        if paths:
-            ctypes.CDLL(str(paths[-1]), mode=ctypes.RTLD_GLOBAL)
-
-
-def version(backend: str) -> str:
-    """The version of a flavour; BackendError if it is not installed."""
-    return str(load(backend).__version__)
+        return CompilerInfo(backend, False, reason=str(cause))
 
 
 def build_plan(
@@ -129,72 +70,110 @@ def build_plan(
     profiles: Sequence[Profile],
     backend: str,
     options: Options,
+    timings: Path | None,
     enter: Callable[[str], None],
 ) -> bytes:
     """Compile one graph, strongly typed as it was exported.
 
     Attention is marked decomposable: a fused kernel is used where there is one, instead of failing where
-    there is none. `enter` is told "parse" and "build".
+    there is none.
+
+    Args:
+        graph: an ONNX file.
+        component: its tensors.
+        profiles: the shapes to serve.
+        backend: a name of `FLAVOURS`.
+        options: with targets, if the flavour has them.
+        timings: file of the timing cache, which is used if it exists and written; None is none.
+        enter: is told "parse" and "build".
 
     Raises:
         BackendError: the flavour is not installed.
         BuildError: the parser or the builder refuses, with its own words.
     """
-    load(backend)
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if backend == "tensorrt-rtx" else "0"
-    try:
-        from polygraphy.backend import trt as polygraphy
-    except ImportError as cause:
-        raise BackendError(f"polygraphy is not installed: {FLAVOURS[backend].remedy}") from cause
+    _choose_flavour(backend)
+    from polygraphy.backend import trt
+
     enter("parse")
     with _words(f"{graph.parent.name}: {backend}") as ask:
-        network = ask(polygraphy.SetDecomposableAttentions(polygraphy.NetworkFromOnnxPath(str(graph))))
+        # Later versions than 10 know no other networks, and ignore that it is asked for.
+        parsed = trt.NetworkFromOnnxPath(str(graph), strongly_typed=True)
+        network = ask(trt.SetDecomposableAttentions(parsed))
         _check_network(network[1], component)
         enter("build")
-        config = _config(polygraphy, backend, component, profiles, options)
-        plan = bytes(ask(polygraphy.EngineBytesFromNetwork(network, config)))
-    if backend == "tensorrt-rtx":
+        config = ask(lambda: _config(backend, component, profiles, options, timings))
+        save = None if timings is None else str(timings)
+        plan = bytes(ask(trt.EngineBytesFromNetwork(network, config, save_timing_cache=save)))
+    if options.targets:
         _check_targets(plan, options.targets)
     return plan
 
 
+def _choose_flavour(backend: str) -> None:
+    """Polygraphy works with one of the two flavours, for which it decides when it is first imported."""
+    load(backend)
+    wanted = backend == "tensorrt-rtx"
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(wanted))
+    try:
+        from polygraphy import config
+    except ImportError as cause:
+        raise BackendError(f"polygraphy is not installed: {FLAVOURS[backend].remedy}") from cause
+    if wanted != config.USE_TENSORRT_RTX:
+        raise BackendError(
+            f"this process has set up Polygraphy for the other TensorRT: compile for {backend} in a new one"
+        )
+
+
 def _config(
-    polygraphy: Any, backend: str, component: Component, profiles: Sequence[Profile], options: Options
+    backend: str,
+    component: Component,
+    profiles: Sequence[Profile],
+    options: Options,
+    timings: Path | None,
 ) -> Any:
-    import importlib
+    from polygraphy.backend import tensorrt_rtx, trt
 
     shapes = []
     for profile in profiles:
-        one = polygraphy.Profile()
+        one = trt.Profile()
         for spec in component.inputs:
             one.add(spec.name, *profile.shapes(spec))
         shapes.append(one)
-    chosen: dict[str, Any] = {"profiles": shapes}
-    if options.level is not None:
-        chosen["builder_optimization_level"] = options.level
-    if options.workspace is not None:
-        pool = load(backend).MemoryPoolType.WORKSPACE
-        chosen["memory_pool_limits"] = {pool: options.workspace}
-    if backend == "tensorrt":
-        return polygraphy.CreateConfig(**chosen)
-    rtx = importlib.import_module("polygraphy.backend.tensorrt_rtx")
+    module = load(backend)
+    common = {
+        "profiles": shapes,
+        "builder_optimization_level": options.level,
+        "memory_pool_limits": options.workspace and {module.MemoryPoolType.WORKSPACE: options.workspace},
+        "refittable": options.refit,
+    }
+    if not FLAVOURS[backend].ahead_of_time:
+        known = str(timings) if timings is not None and timings.is_file() else None
+        return trt.CreateConfig(load_timing_cache=known, **common)
     targets = [tuple(map(int, target.split("."))) for target in options.targets]
-    return rtx.CreateConfigRTX(compute_capabilities=targets, **chosen)
+    return tensorrt_rtx.CreateConfigRTX(compute_capabilities=targets, **common)
 
 
-def _check_network(network: Any, component: Component) -> None:
+def _check_network(network: INetworkDefinition, component: Component) -> None:
     """The parsed network must have the tensors of the manifest."""
-    for specs, count, get in (
-        (component.inputs, network.num_inputs, network.get_input),
-        (component.outputs, network.num_outputs, network.get_output),
-    ):
-        wanted = {spec.name: len(spec.shape) for spec in specs}
-        found = {get(index).name: len(get(index).shape) for index in range(count)}
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    for specs, tensors in ((component.inputs, inputs), (component.outputs, outputs)):
+        wanted = sorted(_describe_spec(spec) for spec in specs)
+        found = sorted(_describe_tensor(tensor) for tensor in tensors)
         if wanted != found:
             raise BuildError(
-                f"{component.graph}: graph and manifest disagree, tensors and ranks are {found}, should "
-                f"be {wanted}. Export the bundle again"
+                f"{component.graph}: graph and manifest disagree, tensors are {', '.join(found) or 'none'}; "
+                f"should be {', '.join(wanted)}. Export the bundle again"
             )
+
+
+def _describe_spec(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} of rank {len(spec.shape)}"
+
+
+def _describe_tensor(tensor: ITensor) -> str:
+    dtype = tensor.dtype.name
+    return f"{tensor.name} {_DTYPES.get(dtype, dtype)} of rank {len(tensor.shape)}"
 
 
 def _check_targets(plan: bytes, targets: Sequence[str]) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 from allaprima.bundle import BackendError, Bundle, EngineKey, RequestError, engine_key
-from allaprima.engine import tensorrt
+from allaprima.engine.device import current_gpu
+from allaprima.engine.options import AMPERE_AND_NEWER, Options
 from allaprima.engine.shapes import Size, plan_profiles
+from allaprima.engine.tensorrt import build_plan
+from allaprima.engine.timing import timing_cache
 from allaprima.engine.verify import measure_error
 from allaprima.runtime.backends import choose, compile_engine, key_of
+from allaprima.runtime.flavours import FLAVOURS, version
 
 
 class Toolchain(Protocol):
@@ -31,7 +35,7 @@ class Toolchain(Protocol):
 class Native:
     """A backend that runs on this machine, and compiles for all shapes at once."""
 
-    stages = ("compile", "verify", "save")
+    stages: tuple[str, ...] = ("compile", "verify", "save")
 
     def __init__(self, bundle: Bundle, backend: str, precision: str | None, *, fixed: bool) -> None:
         self._bundle, self._backend, self._precision = bundle, choose(backend), precision
@@ -59,9 +63,9 @@ class Native:
 
 
 class TensorRT:
-    """TensorRT or TensorRT-RTX: compiled for shapes and for compute capabilities."""
+    """TensorRT or TensorRT-RTX: compiled for shapes, and for the GPU here or for compute capabilities."""
 
-    stages = ("parse", "build", "verify", "save")
+    stages: tuple[str, ...] = ("parse", "build", "verify", "save")
 
     def __init__(
         self,
@@ -70,14 +74,17 @@ class TensorRT:
         precision: str | None,
         sizes: Sequence[Size],
         batch: tuple[int, int],
-        options: tensorrt.Options,
+        options: Options,
     ) -> None:
-        self._bundle, self._backend, self._options = bundle, backend, options
-        self._version = tensorrt.version(backend)
-        self._targets = options.targets or tensorrt.AMPERE_AND_NEWER
+        self._bundle, self._backend = bundle, backend
+        self._version = version(backend)
+        options.check(backend)
         self.profiles = plan_profiles(bundle, sizes, batch)
-        if backend == "tensorrt":
-            raise BackendError("this version of allaprima compiles for tensorrt-rtx, not yet for tensorrt")
+        if FLAVOURS[backend].ahead_of_time:
+            self._options = options.for_targets(options.targets or AMPERE_AND_NEWER)
+            self._device = "compute capability " + ", ".join(self._options.targets)
+        else:
+            self._options, self._device = options, str(current_gpu())
         for name, component in bundle.manifest.components.items():
             if precision not in (None, "auto", component.precision):
                 raise BackendError(
@@ -92,7 +99,7 @@ class TensorRT:
             component,
             backend=self._backend,
             backend_version=self._version,
-            device="compute capability " + ", ".join(self._targets),
+            device=self._device,
             precision=self._bundle.component(component).precision,
             profiles=self.profiles[component],
             flags=self._options.flags(),
@@ -100,19 +107,26 @@ class TensorRT:
 
     def compile(self, component: str, folder: Path, enter: Callable[[str], None]) -> Path:
         """See Toolchain."""
+        path = folder / "model.plan"
+        if FLAVOURS[self._backend].ahead_of_time:
+            path.write_bytes(self._build(component, None, enter))
+        else:
+            with timing_cache(folder, folder.parent, self._version, self._device) as timings:
+                path.write_bytes(self._build(component, timings, enter))
+        return path
+
+    def _build(self, component: str, timings: Path | None, enter: Callable[[str], None]) -> bytes:
         described = self._bundle.component(component)
-        plan = tensorrt.build_plan(
+        return build_plan(
             self._bundle.path(described.graph),
             described,
             self.profiles[component],
             self._backend,
-            self._options.for_targets(self._targets),
+            self._options,
+            timings,
             enter,
         )
-        path = folder / "model.plan"
-        path.write_bytes(plan)
-        return path
 
     def verify(self, component: str, main: Path) -> float | None:
-        """What can be told of a plan without the GPU it is for: its header, checked when it was built."""
+        """What can be told of a plan without a session for it: its header, checked when it was built."""
         return None

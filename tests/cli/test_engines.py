@@ -66,7 +66,7 @@ def test_cache_list(allaprima: Allaprima, fresh: EngineKey) -> None:
     document = json.loads(allaprima("cache", "list", "--json").out)
     assert len(document) == 2
     (ready,) = (entry for entry in document if not entry["stale"])
-    assert Path(ready["folder"]).name == fresh.folder
+    assert Path(ready["path"]).name == fresh.folder
     assert ready["engine"]["key"]["allaprima"] == VERSION
     table = allaprima("cache", "list").out
     assert fresh.folder in table

@@ -206,7 +206,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(bundle: Bundle, cache
     assert left.engine is None
     assert left.stale == "unfinished or damaged"
     assert not any(one.reused for one in build(bundle, "ort"))
-    assert [entry.folder for entry in prune()] == [left.folder]
+    assert [entry.path for entry in prune()] == [left.folder]
     assert all(one.reused for one in build(bundle, "ort"))
 
 
@@ -280,8 +280,8 @@ def test_another_driver_or_device_is_another_engine(
     new = build(bundle, "ort")
     assert not any(one.reused for one in new)
     assert {one.folder for one in old}.isdisjoint(one.folder for one in new)
-    assert {entry.folder for entry in prune()} == {one.folder for one in old}
-    assert {entry.folder for entry in entries()} == {one.folder for one in new}
+    assert {entry.path for entry in prune()} == {one.folder for one in old}
+    assert {entry.path for entry in entries()} == {one.folder for one in new}
 
 
 def test_precisions_are_kept_apart(bundle: Bundle) -> None:

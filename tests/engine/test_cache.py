@@ -37,7 +37,7 @@ def full(cache: Path) -> Path:
 
 
 def test_entries(full: Path) -> None:
-    found = {entry.folder.name: entry for entry in entries()}
+    found = {entry.path.name: entry for entry in entries()}
     assert len(found) == 6
     assert found[FRESH.folder].stale == ""
     assert found[FRESH.folder].size > 6
@@ -49,7 +49,7 @@ def test_entries(full: Path) -> None:
 
 def test_prune(full: Path) -> None:
     assert len(prune()) == 5
-    assert [entry.folder.name for entry in entries()] == [FRESH.folder]
+    assert [entry.path.name for entry in entries()] == [FRESH.folder]
     assert prune() == ()
     assert (full / "photos").exists()
 

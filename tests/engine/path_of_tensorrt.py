@@ -1,0 +1,56 @@
+"""Compiles a bundle the way TensorRT is driven, with the library of TensorRT-RTX in its place.
+
+Both have one API, and the library of TensorRT-RTX needs no GPU. What reaches the builder goes to stdout as
+JSON. Arguments: the bundle's folder.
+"""
+
+import json
+import sys
+from types import ModuleType
+from typing import Any
+
+from allaprima.bundle import BackendError, open_bundle
+from allaprima.engine import Options, build_bundle, toolchains
+from allaprima.engine.device import Gpu
+from allaprima.runtime import flavours
+
+rtx = flavours.load("tensorrt-rtx")
+seen: dict[str, Any] = {"flags": [], "configs": []}
+
+
+class Builder(rtx.Builder):
+    """Tells what it is asked for. Without a driver TensorRT-RTX cannot make refittable plans."""
+
+    def create_network(self, flags: int = 0) -> Any:
+        seen["flags"].append(flags)
+        return super().create_network(flags)
+
+    def build_serialized_network(self, network: Any, config: Any) -> Any:
+        seen["configs"].append(
+            {
+                "refit": config.get_flag(rtx.BuilderFlag.REFIT),
+                "level": config.builder_optimization_level,
+                "workspace": config.get_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE),
+                "profiles": config.num_optimization_profiles,
+            }
+        )
+        config.clear_flag(rtx.BuilderFlag.REFIT)
+        return super().build_serialized_network(network, config)
+
+
+fake = ModuleType("tensorrt")
+fake.__dict__.update(vars(rtx), __version__="11.4.0.106", Builder=Builder)
+sys.modules["tensorrt"] = fake
+toolchains.current_gpu = lambda: Gpu("NVIDIA H200", "9.0")  # type: ignore[assignment]
+bundle = open_bundle(sys.argv[1])
+options = Options(workspace=2**30, level=2, refit=True)
+built = build_bundle(bundle, backend="tensorrt", batch=(1, 2), options=options)
+seen["built"] = [{**one.engine.to_json(), "folder": str(one.folder)} for one in built]
+again = build_bundle(bundle, backend="tensorrt", batch=(1, 2), options=options)
+seen["reused"] = [one.reused for one in again]
+seen["strongly typed"] = 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+try:
+    build_bundle(bundle, backend="tensorrt-rtx")
+except BackendError as error:
+    seen["other"] = str(error)
+sys.stdout.write(json.dumps(seen))
