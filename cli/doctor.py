@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-from allaprima.bundle import VERSION, builtin_names
+from allaprima.bundle import VERSION, BackendError, builtin_names
 from allaprima.cli.machine import Gpu, Machine, read_machine
 from allaprima.cli.output import add_json, print_json, print_table, show_bytes
 
@@ -23,10 +23,11 @@ def run(options: argparse.Namespace) -> None:
     from allaprima.runtime import backends
 
     machine, found, bundles = read_machine(), backends(), builtin_names()
+    auto, reasons = _decision()
     if options.json:
         report: dict[str, Any] = {"allaprima": VERSION, "machine": asdict(machine), "bundles": list(bundles)}
         report |= {"compilers": [asdict(info) for info in compilers()]}
-        print_json({**report, "backends": [asdict(info) for info in found]})
+        print_json({**report, "auto": auto, "backends": [asdict(info) for info in found]})
         return
     facts = [("allaprima", VERSION), *_facts(machine), ("built-in bundles", ", ".join(bundles) or "none")]
     print_table(("", ""), facts)
@@ -43,10 +44,26 @@ def run(options: argparse.Namespace) -> None:
             for info in found
         ],
     )
+    print_table(("auto takes", "not the faster"), [(auto, reasons)])
     print_table(
         ("compiles for GPUs", "works", "version", "what to do"),
         [(info.name, "yes" if info.available else "no", info.version, info.reason) for info in compilers()],
     )
+
+
+def _decision() -> tuple[str, str]:
+    """What `--backend auto` takes for a bundle that nothing was built for, and why nothing faster."""
+    from allaprima.runtime import decide
+
+    try:
+        decision = decide()
+    except BackendError as cause:
+        return "nothing", str(cause)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in decision.passed:
+        reasons.setdefault(reason, []).append(name)
+    told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    return decision.backend, told
 
 
 def _facts(machine: Machine) -> list[tuple[str, str]]:

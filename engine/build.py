@@ -18,6 +18,7 @@ from allaprima.bundle import (
     Bundle,
     Engine,
     EngineKey,
+    RequestError,
     cache_folder,
     find_engine,
     read_engine,
@@ -25,11 +26,11 @@ from allaprima.bundle import (
     why_missing,
     writing_engine,
 )
-from allaprima.engine.device import current_gpu
 from allaprima.engine.options import Options
 from allaprima.engine.shapes import Size
 from allaprima.engine.toolchains import Native, TensorRT, Toolchain
-from allaprima.runtime.backends import backends, choose
+from allaprima.runtime.backends import backends, choose, compiles
+from allaprima.runtime.cuda import current_device
 from allaprima.runtime.flavours import FLAVOURS, flavour_for
 
 
@@ -106,6 +107,8 @@ def _toolchain(
     backend = _resolve(backend)
     if backend in FLAVOURS:
         return TensorRT(bundle, backend, precision, sizes, batch, options or Options())
+    if not compiles(backend):
+        raise RequestError(f"{backend} compiles nothing ahead of time: use the bundle as it is")
     return Native(bundle, backend, precision, fixed=bool(sizes) or batch != (1, 1) or options is not None)
 
 
@@ -113,7 +116,7 @@ def _resolve(backend: str) -> str:
     """For "auto" what suits this machine's GPU if it also runs here, else the runtime's choice."""
     if backend == "auto":
         with suppress(BackendError):
-            flavour = flavour_for(current_gpu().capability)
+            flavour = flavour_for(current_device().capability)
             if any(info.name == flavour and info.available for info in backends()):
                 return str(flavour)
     return backend if backend in FLAVOURS else choose(backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from allaprima.bundle import BackendError, RequestError
-from allaprima.engine.device import current_gpu
+from allaprima.runtime.cuda import current_device
 from allaprima.runtime.flavours import FLAVOURS, version
 
 TARGETS = {"7.5": 0x01, "8.0": 0x02, "8.6": 0x04, "8.9": 0x08, "12.0": 0x10, "12.1": 0x20}
@@ -65,7 +65,7 @@ class Options:
             )
         if flavour.ahead_of_time:
             try:
-                current_gpu()
+                current_device()
             except BackendError as cause:
                 raise RequestError(
                     f"{backend} makes refittable engines only where an NVIDIA driver is, and here {cause}; "

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from allaprima.bundle import BackendError, BuildError, Component, Profile, TensorSpec
-from allaprima.engine.device import current_gpu
 from allaprima.engine.options import TARGETS, Options
+from allaprima.runtime.cuda import current_device
 from allaprima.runtime.flavours import FLAVOURS, load, version
 
 # Classes of the two modules, which come without types. A test holds what is used of values of these classes
@@ -58,7 +58,7 @@ def _probe(backend: str) -> CompilerInfo:
     try:
         found = version(backend)
         if not FLAVOURS[backend].ahead_of_time:
-            current_gpu()
+            current_device()
         return CompilerInfo(backend, True, found)
     except BackendError as cause:
         return CompilerInfo(backend, False, reason=str(cause))

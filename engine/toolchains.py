@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Protocol
 
 from allaprima.bundle import BackendError, Bundle, EngineKey, RequestError, engine_key
-from allaprima.engine.device import current_gpu
 from allaprima.engine.options import AMPERE_AND_NEWER, Options
 from allaprima.engine.shapes import Size, plan_profiles
 from allaprima.engine.tensorrt import build_plan
 from allaprima.engine.timing import timing_cache
-from allaprima.engine.verify import measure_error
-from allaprima.runtime.backends import choose, compile_engine, key_of
-from allaprima.runtime.flavours import FLAVOURS, version
+from allaprima.engine.verify import measure_error, open_reference
+from allaprima.runtime.backends import choose, compile_engine, key_of, open_session
+from allaprima.runtime.cuda import current_device, default_gpu
+from allaprima.runtime.flavours import FLAVOURS, load, version
+from allaprima.runtime.sessions.tensorrt import Plan, TensorrtSession
 
 
 class Toolchain(Protocol):
@@ -59,7 +60,11 @@ class Native:
 
     def verify(self, component: str, main: Path) -> float | None:
         """See Toolchain."""
-        return measure_error(self._bundle, component, main, self._backend, self.key(component).precision)
+        described, precision = self._bundle.component(component), self.key(component).precision
+        graph = self._bundle.path(described.graph)
+        engine = open_session(graph, described, self._backend, precision=precision, engines=[main])
+        reference = open_reference(self._bundle, component, self._backend)
+        return measure_error(self._bundle, component, engine, reference)
 
 
 class TensorRT:
@@ -84,7 +89,7 @@ class TensorRT:
             self._options = options.for_targets(options.targets or AMPERE_AND_NEWER)
             self._device = "compute capability " + ", ".join(self._options.targets)
         else:
-            self._options, self._device = options, str(current_gpu())
+            self._options, self._device = options, str(current_device())
         for name, component in bundle.manifest.components.items():
             if precision not in (None, "auto", component.precision):
                 raise BackendError(
@@ -128,5 +133,12 @@ class TensorRT:
         )
 
     def verify(self, component: str, main: Path) -> float | None:
-        """What can be told of a plan without a session for it: its header, checked when it was built."""
-        return None
+        """See Toolchain. Where it cannot run, only its header is checked, when it is built."""
+        try:
+            choose(self._backend)
+        except BackendError:
+            return None
+        profiles, described = self.profiles[component], self._bundle.component(component)
+        engine = TensorrtSession([Plan(main, profiles)], described, default_gpu(), load(self._backend))
+        reference = open_reference(self._bundle, component, self._backend)
+        return measure_error(self._bundle, component, engine, reference, profiles[0])

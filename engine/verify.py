@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allaprima.bundle import BackendError, BuildError, Bundle, Component, TensorSpec
-from allaprima.runtime.backends import backends, open_session
+from allaprima.bundle import BackendError, BuildError, Bundle, Component, Profile, TensorSpec
+from allaprima.runtime import Session
+from allaprima.runtime.backends import backends, choose, compiles, open_session
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -19,10 +19,13 @@ LIMIT = 0.5
 """An engine that is off by more of the standard deviation than this is broken, not just less precise."""
 
 
-def measure_error(bundle: Bundle, name: str, engine: Path, backend: str, precision: str) -> float:
+def measure_error(
+    bundle: Bundle, name: str, engine: Session, reference: Session, profile: Profile | None = None
+) -> float:
     """Root mean square difference over the reference's standard deviation, the worst of all outputs.
 
-    The inputs are random: one sample of a small picture, with two guidance branches.
+    The inputs are random: one sample of a small picture with two guidance branches, or the shapes that
+    `profile` serves best. Both sessions are closed.
 
     Raises:
         BuildError: an output that is not finite, or is off by more than `LIMIT`.
@@ -30,18 +33,20 @@ def measure_error(bundle: Bundle, name: str, engine: Path, backend: str, precisi
     component, latent = bundle.component(name), bundle.manifest.latent
     side = latent.multiple // latent.downscale
     extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side}
+    if profile is not None:
+        extents |= {axis: best for axis, (_, best, _) in profile.extents.items()}
     tokenizer = bundle.manifest.tokenizer
     # The special tokens are the last of CLIP's vocabulary, so all ids up to them have an embedding.
     inputs = draw_inputs(component, extents, 1 + max(tokenizer.bos, tokenizer.eos, tokenizer.pad))
-    graph = bundle.path(component.graph)
-    reference = _run(graph, component, backend, _widest(backend, component), None, inputs, extents)
-    outputs = _run(graph, component, backend, precision, engine, inputs, extents)
+    precision = engine.precision
+    wanted = _run(reference, component, inputs, extents)
+    outputs = _run(engine, component, inputs, extents)
     for output, value in outputs.items():
         if not np.isfinite(value).all():
             raise BuildError(f"{name}: the engine's output {output} is not finite in {precision}: try fp32")
-        if not np.isfinite(reference[output]).all():
+        if not np.isfinite(wanted[output]).all():
             raise BuildError(f"{name}: the graph's output {output} is not finite on random inputs")
-    error = max(_relative(outputs[output], reference[output]) for output in reference)
+    error = max(_relative(outputs[output], wanted[output]) for output in wanted)
     if error > LIMIT:
         raise BuildError(
             f"{name}: the engine in {precision} is off by {error:.2f} standard deviations: try fp32"
@@ -67,17 +72,7 @@ def _draw(
     return random.standard_normal(shape).astype(spec.dtype)
 
 
-def _run(
-    graph: Path,
-    component: Component,
-    backend: str,
-    precision: str | None,
-    engine: Path | None,
-    inputs: Arrays,
-    extents: Mapping[str, int],
-) -> Arrays:
-    engines = () if engine is None else (engine,)
-    session = open_session(graph, component, backend, precision=precision, engines=engines)
+def _run(session: Session, component: Component, inputs: Arrays, extents: Mapping[str, int]) -> Arrays:
     try:
         given, made = (
             session.memory.allocate({spec.name: (spec.resolve(extents), spec.dtype) for spec in specs})
@@ -93,12 +88,19 @@ def _run(
         session.close()
 
 
-def _widest(backend: str, component: Component) -> str | None:
-    """float32 where the backend can choose its precision, else what the graph was exported in."""
-    info = next(info for info in backends() if info.name == backend)
+def open_reference(bundle: Bundle, name: str, backend: str) -> Session:
+    """The graph itself, in float32 where the backend can choose its precision, else in its own.
+
+    For a backend that only runs what was built, on the processor. Raises BackendError.
+    """
+    component = bundle.component(name)
+    if not compiles(backend):
+        backend = "openvino" if component.precision == "bf16" else "ort"
+    info = next(info for info in backends() if info.name == choose(backend))
     if "fp32" not in info.precisions:
         raise BackendError(f"{backend} cannot compute in fp32 here, so its engines cannot be verified")
-    return "fp32" if info.converts else component.precision
+    precision = "fp32" if info.converts else component.precision
+    return open_session(bundle.path(component.graph), component, backend, precision=precision)
 
 
 def _relative(value: NDArray[Any], wanted: NDArray[Any]) -> float:

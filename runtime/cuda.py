@@ -28,15 +28,30 @@ IN_FLIGHT = 1 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU in words: its name, its compute capability as in "8.9", its memory in bytes."""
+    """A GPU in words: its name, and its compute capability as in "8.9"."""
 
     name: str
     capability: str
-    memory: int
 
     def __str__(self) -> str:
         """As in the key of an engine: engines for one may not fit another."""
         return f"{self.name}, compute capability {self.capability}"
+
+
+def current_device() -> Device:
+    """The device that CUDA would use in this thread. Raises BackendError if there is none."""
+    try:
+        from cuda.core import Device as CoreDevice
+    except ImportError as cause:
+        raise BackendError(f'NVIDIA GPUs need cuda-core ({cause}): pip install "cuda-core[cu13]"') from cause
+    try:
+        device: Any = CoreDevice()
+        major, minor = device.compute_capability
+        return Device(str(device.name), f"{major}.{minor}")
+    except Exception as cause:  # the driver's absence and its failures come in many kinds
+        raise BackendError(
+            f"no NVIDIA GPU works here ({_first_line(cause)}): install its driver, or compile where one works"
+        ) from cause
 
 
 class Graph:
@@ -65,7 +80,7 @@ class Gpu:
             from cuda.core import Stream, StreamOptions
         except ImportError as cause:
             raise BackendError(
-                f"NVIDIA GPUs need the package cuda-core ({cause}): pip install cuda-core"
+                f'NVIDIA GPUs need cuda-core ({cause}): pip install "cuda-core[cu13]"'
             ) from cause
         self._driver: Any = driver
         try:
@@ -78,7 +93,7 @@ class Gpu:
             else:
                 self._stream = Stream.from_handle(int(getattr(stream, "handle", stream)))  # type: ignore[call-overload]
         except Exception as cause:  # the loader of libcuda and the driver have their own kinds
-            raise BackendError(f"no NVIDIA GPU can be used here: {_first_line(cause)}") from cause
+            raise BackendError(f"no NVIDIA GPU works here: {_first_line(cause)}") from cause
         self._scratch: Any = None
         self.exclusive = threading.RLock()
         """Held while a session enqueues: of two threads' work, one goes first, whole."""
@@ -87,7 +102,7 @@ class Gpu:
     def device(self) -> Device:
         """What it is."""
         major, minor = self._device.compute_capability
-        return Device(str(self._device.name), f"{major}.{minor}", self.free_memory()[1])
+        return Device(str(self._device.name), f"{major}.{minor}")
 
     @property
     def stream(self) -> int:
@@ -268,4 +283,6 @@ def _place(layout: Layout) -> tuple[dict[str, int], int]:
 
 
 def _first_line(cause: BaseException) -> str:
-    return str(cause).strip().split("\n", 1)[0] or type(cause).__name__
+    if type(cause).__name__ == "DynamicLibNotFoundError":
+        return "its driver is not installed"
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")

@@ -86,7 +86,7 @@ class OrtSession:
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
-        self._session: Any = load(path, component, options, ["CPUExecutionProvider"])
+        self._session: Any = open_graph(path, component, options, ["CPUExecutionProvider"])
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OrtBinding:
         """See Session.bind."""
@@ -126,7 +126,7 @@ def session_options(threads: int | None = None) -> Any:
     return options
 
 
-def load(path: Path, component: Component, options: Any, providers: list[Any]) -> Any:
+def open_graph(path: Path, component: Component, options: Any, providers: list[Any]) -> Any:
     """An onnxruntime.InferenceSession with the tensors of the manifest. Raises BackendError."""
     import onnxruntime
 

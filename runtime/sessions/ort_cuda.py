@@ -11,7 +11,7 @@ from allaprima.bundle import BackendError, Component, TensorSpec
 from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
 from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_tensors
-from allaprima.runtime.sessions.ort import bind_addresses, load, session_options
+from allaprima.runtime.sessions.ort import bind_addresses, open_graph, session_options
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -72,11 +72,11 @@ class OrtCudaSession:
         self._gpu = gpu
         self._numbers = itertools.count()
         try:
-            self._session: Any = load(path, component, session_options(), [self._provider()])
+            self._session: Any = open_graph(path, component, session_options(), [self._provider()])
         except BackendError:
             self.captures = False
             providers = [self._provider(), "CPUExecutionProvider"]
-            self._session = load(path, component, session_options(), providers)
+            self._session = open_graph(path, component, session_options(), providers)
 
     def _provider(self) -> tuple[str, dict[str, str]]:
         options = {

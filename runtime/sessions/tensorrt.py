@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from allaprima.bundle import BackendError, Component, Profile, RequestError, TensorSpec, nearest
 from allaprima.runtime.cuda import CudaMemory, Gpu, Graph
 from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_names, check_tensors
-from allaprima.runtime.sessions.tensorrt_api import Context, Engine
+from allaprima.runtime.sessions.tensorrt_api import (
+    Context,
+    Engine,
+    RtxModule,
+    RtxRuntimeConfig,
+    Runtime,
+    TensorrtModule,
+)
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,17 @@ class TensorrtSession:
         module: `tensorrt` or `tensorrt_rtx`.
     """
 
-    def __init__(self, plans: Sequence[Plan], component: Component, gpu: Gpu, module: Any) -> None:
+    def __init__(self, plans: Sequence[Plan], component: Component, gpu: Gpu, module: TensorrtModule) -> None:
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
         self.memory: Memory = CudaMemory(gpu)
         self._plans: Sequence[Plan] | None = plans
         self._name = component.graph
-        self._gpu, self._module = gpu, module
+        self._gpu = gpu
+        self._module: TensorrtModule = module
         self._log = Log()
-        self._runtime: Any = module.Runtime(self._log.listener(module))
+        self._runtime: Runtime = module.Runtime(self._log.listener(module))
         self._engines: dict[Path, Engine] = {}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> TensorrtBinding:
@@ -75,7 +83,7 @@ class TensorrtSession:
         """The engine of a plan, loaded if it is not. Raises BackendError with TensorRT's own words."""
         if path not in self._engines:
             self._log.clear()
-            engine: Engine | None = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if engine is None:
                 raise BackendError(f"{path} cannot be loaded: {self._log.words()}. Build it again")
             names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -104,9 +112,10 @@ class TensorrtSession:
         """What a context is made from. RTX compiles for its shapes before the first run, not behind it."""
         if not hasattr(self._module, "DynamicShapesKernelSpecializationStrategy"):
             return strategy
-        settings: Any = engine.create_runtime_config()
+        module = cast(RtxModule, self._module)
+        settings = cast(RtxRuntimeConfig, engine.create_runtime_config())
         settings.set_execution_context_allocation_strategy(strategy)
-        eager = self._module.DynamicShapesKernelSpecializationStrategy.EAGER
+        eager = module.DynamicShapesKernelSpecializationStrategy.EAGER
         settings.dynamic_shapes_kernel_specialization_strategy = eager
         return settings
 
@@ -155,14 +164,13 @@ class Log:
     def __init__(self) -> None:
         self._lines: list[str] = []
 
-    def listener(self, module: Any) -> Any:
+    def listener(self, module: TensorrtModule) -> Any:
         """A logger of the module that tells us."""
         lines, bad = self._lines, (module.ILogger.Severity.INTERNAL_ERROR, module.ILogger.Severity.ERROR)
 
-        class Listener(module.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                module.ILogger.__init__(self)
+        base: Any = module.ILogger
 
+        class Listener(base):  # type: ignore[misc]
             def log(self, severity: Any, msg: str) -> None:
                 if severity in bad and len(lines) < 8:
                     lines.append(msg)

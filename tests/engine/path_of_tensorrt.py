@@ -11,8 +11,8 @@ from typing import Any
 
 from allaprima.bundle import BackendError, open_bundle
 from allaprima.engine import Options, build_bundle, toolchains
-from allaprima.engine.device import Gpu
 from allaprima.runtime import flavours
+from allaprima.runtime.cuda import Device
 
 rtx = flavours.load("tensorrt-rtx")
 seen: dict[str, Any] = {"flags": [], "configs": []}
@@ -41,7 +41,7 @@ class Builder(rtx.Builder):
 fake = ModuleType("tensorrt")
 fake.__dict__.update(vars(rtx), __version__="11.4.0.106", Builder=Builder)
 sys.modules["tensorrt"] = fake
-toolchains.current_gpu = lambda: Gpu("NVIDIA H200", "9.0")  # type: ignore[assignment]
+toolchains.current_device = lambda: Device("NVIDIA H200", "9.0")  # type: ignore[assignment]
 bundle = open_bundle(sys.argv[1])
 options = Options(workspace=2**30, level=2, refit=True)
 built = build_bundle(bundle, backend="tensorrt", batch=(1, 2), options=options)

@@ -13,11 +13,11 @@ import pytest
 from allaprima.bundle import BackendError, BuildError, Bundle, RequestError
 from allaprima.cli.main import main
 from allaprima.engine import Options, build, build_bundle, compilers, options, toolchains
-from allaprima.engine.device import Gpu, current_gpu
 from allaprima.engine.options import AMPERE_AND_NEWER, TARGETS
 from allaprima.engine.timing import timing_name
 from allaprima.runtime import flavours
 from allaprima.runtime.backends import BackendInfo
+from allaprima.runtime.cuda import Device, current_device
 from allaprima.runtime.flavours import flavour_for
 
 try:
@@ -33,7 +33,7 @@ def bits(plan: bytes) -> set[str]:
     return {name for name, bit in TARGETS.items() if plan[32] & bit}
 
 
-def no_gpu() -> Gpu:
+def no_gpu() -> Device:
     raise BackendError("no NVIDIA GPU works here (no driver): install its driver")
 
 
@@ -131,16 +131,16 @@ def test_each_gpu_has_its_flavour(capability: str, flavour: str | None) -> None:
 def test_auto_is_what_suits_the_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: str, runs: list[str], chosen: str
 ) -> None:
-    monkeypatch.setattr(build, "current_gpu", lambda: Gpu("NVIDIA X", capability))
+    monkeypatch.setattr(build, "current_device", lambda: Device("NVIDIA X", capability))
     monkeypatch.setattr(build, "backends", lambda: tuple(BackendInfo(name, True) for name in runs))
     monkeypatch.setattr(build, "choose", {"auto": "ort"}.get)
     assert build._resolve("auto") == chosen
-    monkeypatch.setattr(build, "current_gpu", no_gpu)
+    monkeypatch.setattr(build, "current_device", no_gpu)
     assert build._resolve("auto") == "ort"
     assert build._resolve("tensorrt") == "tensorrt"
 
 
-class Device:
+class CoreDevice:
     """Of cuda.core."""
 
     name, compute_capability = "NVIDIA H200", (9, 0)
@@ -152,14 +152,14 @@ class Driverless:
 
 
 def test_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device))
-    assert str(current_gpu()) == "NVIDIA H200, compute capability 9.0"
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=CoreDevice))
+    assert str(current_device()) == "NVIDIA H200, compute capability 9.0"
     monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Driverless))
     with pytest.raises(BackendError, match=r"works here \(no driver\): install its driver, or compile where"):
-        current_gpu()
+        current_device()
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(BackendError, match=r'pip install "cuda-core\[cu13\]"'):
-        current_gpu()
+        current_device()
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def install(found: str) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=found))
         for module in (toolchains, options, build):
-            monkeypatch.setattr(module, "current_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+            monkeypatch.setattr(module, "current_device", lambda: Device("NVIDIA H200", "9.0"))
 
     return install
 
@@ -196,10 +196,10 @@ def test_tensorrt_needs_a_gpu(
     bundle: Bundle, fake: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake("11.4.0.106")
-    monkeypatch.setattr(toolchains, "current_gpu", no_gpu)
+    monkeypatch.setattr(toolchains, "current_device", no_gpu)
     with pytest.raises(BackendError, match="install its driver"):
         build_bundle(bundle, backend="tensorrt")
-    monkeypatch.setattr("allaprima.engine.tensorrt.current_gpu", no_gpu)
+    monkeypatch.setattr("allaprima.engine.tensorrt.current_device", no_gpu)
     info = next(info for info in compilers() if info.name == "tensorrt")
     assert (info.available, info.reason) == (
         False,
@@ -211,7 +211,7 @@ def test_tensorrt_needs_a_gpu(
 def test_refit_of_rtx_needs_a_driver(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(options, "current_gpu", no_gpu)
+    monkeypatch.setattr(options, "current_device", no_gpu)
     assert main(["build", str(bundle.folder), "--backend", "tensorrt-rtx", "--refit"]) == 2
     said = capsys.readouterr().err
     assert "tensorrt-rtx makes refittable engines only where an NVIDIA driver is" in said

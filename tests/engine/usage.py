@@ -143,8 +143,10 @@ class _Walker:
             names[key] = declared or value
 
     def annotated(self, annotation: ast.expr | None) -> Value:
-        """The class that an annotation names, also as in "Engine | None"."""
-        for node in ast.walk(annotation) if annotation is not None else ():
+        """The class that an annotation names, also as in "Engine | None", but not as in "list[Engine]"."""
+        if annotation is None or isinstance(annotation, ast.Subscript):
+            return None
+        for node in ast.walk(annotation):
             if isinstance(node, ast.Name) and node.id in self.annotations:
                 return Ours(self.annotations[node.id])
         return None

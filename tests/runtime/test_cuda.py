@@ -391,5 +391,5 @@ def test_no_gpu_says_so() -> None:
     pytest.importorskip("cuda.core")
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(BackendError, match=r"^no NVIDIA GPU can be used here: [^\n]+$"):
+    with pytest.raises(BackendError, match=r"^no NVIDIA GPU works here: [^\n]+$"):
         Gpu()
