@@ -63,7 +63,7 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) --editable '.[export,openvino,ort,dev]'
+	$(PIP) --editable '.[export,openvino,ort,tensorrt-rtx,dev]'
 	@touch $@
 
 # mypy does not see an editable install; it sees the namespace as a folder of links to the layers.

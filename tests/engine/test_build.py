@@ -104,7 +104,7 @@ def test_pipeline_loads_from_the_cache(bundle: Bundle, backend: str) -> None:
         graph.write_bytes(b"x" * graph.stat().st_size)
     np.testing.assert_array_equal(paint(bundle, backend), wanted)
     for one in entries():
-        (one.folder / "engine.json").unlink()
+        (one.path / "engine.json").unlink()
     with pytest.raises(BackendError, match="cannot load"):
         paint(bundle, backend)
 
@@ -202,11 +202,11 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(bundle: Bundle, cache
     done = subprocess.run(command, env={**os.environ, "ALLAPRIMA_CACHE": str(cache)}, check=False)
     assert done.returncode == -signal.SIGKILL
     (left,) = entries()
-    assert left.folder.name.startswith(".")
+    assert left.path.name.startswith(".")
     assert left.engine is None
     assert left.stale == "unfinished or damaged"
     assert not any(one.reused for one in build(bundle, "ort"))
-    assert [entry.path for entry in prune()] == [left.folder]
+    assert [entry.path for entry in prune()] == [left.path]
     assert all(one.reused for one in build(bundle, "ort"))
 
 
