@@ -69,3 +69,16 @@ def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine.read_machine()
     assert (found.features, found.memory_total, found.memory_available) == ((), None, None)
     assert found.cpu
+
+
+def test_doctor_says_what_a_gpu_takes(allaprima: Allaprima, nvidia_smi: Callable[[str], None]) -> None:
+    lines = [
+        "NVIDIA H200, 143771, 570.10, 9.0",
+        "NVIDIA L4, 23034, 570.10, 8.9",
+        "NVIDIA V100, 16384, 570.10, 7.0",
+        "NVIDIA Old, 16384, 390.10, [N/A]",
+    ]
+    nvidia_smi("\n".join(lines))
+    said = allaprima("doctor").out
+    for text in ("sm 9.0: tensorrt ", "sm 8.9: tensorrt-rtx", "sm 7.0: too old for TensorRT", "sm [N/A] "):
+        assert text in said
