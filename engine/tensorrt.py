@@ -91,7 +91,7 @@ def build_plan(
         BackendError: the flavour is not installed.
         BuildError: the parser or the builder refuses, with its own words.
     """
-    _choose_flavour(backend)
+    choose_flavour(backend)
     from polygraphy.backend import trt
 
     enter("parse")
@@ -109,7 +109,7 @@ def build_plan(
     return plan
 
 
-def _choose_flavour(backend: str) -> None:
+def choose_flavour(backend: str) -> None:
     """Polygraphy works with one of the two flavours, for which it decides when it is first imported."""
     load(backend)
     wanted = backend == "tensorrt-rtx"
