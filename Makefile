@@ -4,14 +4,19 @@
 #   make test      the whole test suite
 #   make check     formatting, lint, types and layering, exactly as CI runs them
 #   make format    let ruff rewrite what it can
+#   make test-gpu  the tests that need an NVIDIA GPU, in an environment of their own, .venv-gpu
+#   make bench-gpu benchmarks on the GPU, to benchmarks/results
 #   make clean     remove everything that the commands above made, but for the picture
 #
 # PYTHON       the Python that makes the environment, 3.11 or newer.
 # TORCH_INDEX  where pip finds torch. The default index may offer only builds with CUDA, gigabytes that nothing
 #              here needs: name an index of CPU builds then (pytorch.org lists them under "Get started").
 
+# WHEELS       for test-gpu and bench-gpu without a network: a folder with all wheels, setuptools too.
+
 PYTHON ?= python3
 TORCH_INDEX ?=
+WHEELS ?=
 PROMPT ?= a red circle above a blue square on a white background
 
 VENV := .venv
@@ -22,10 +27,10 @@ TYPES := build/types
 CHECKPOINT := models/shapes/checkpoint
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format clean
+.PHONY: help run test check format clean test-gpu bench-gpu
 
 help:
-	@sed -n '3,7s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 run: $(VENV)/.run build/shapes/bundle.json
 	$(BIN)/allaprima build build/shapes
@@ -44,8 +49,25 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+GPU := $(VENV)-gpu
+GPU_EXTRAS := ort-gpu,openvino,tensorrt-rtx
+
+test-gpu: $(GPU)/.ready
+	$(GPU)/bin/python -m pytest -m gpu tests/gpu $(ARGS)
+
+bench-gpu: $(GPU)/.ready
+	$(GPU)/bin/python -m allaprima.benchmarks.compare --gpu --model shapes --rounds 3 --repeats 5 $(ARGS)
+
+# onnxruntime and onnxruntime-gpu exclude each other, so this is not the environment of the other commands. It may
+# see the packages of the system's Python: torch and diffusers, if the benchmark is to measure them.
+$(GPU)/.ready: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(GPU)
+	$(GPU)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) 'setuptools>=77' pytest
+	$(GPU)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) --no-build-isolation --editable '.[$(GPU_EXTRAS)]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build allaprima.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-gpu build allaprima.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 build/shapes/bundle.json: $(VENV)/.run $(shell find $(CHECKPOINT) -type f 2>/dev/null)

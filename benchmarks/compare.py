@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from allaprima.benchmarks.trials import Trial, psnr, run_trial, summarise
 from allaprima.bundle import AllaprimaError, RequestError, open_bundle
 from allaprima.cli.machine import read_machine
 from allaprima.cli.output import show_bytes
+from allaprima.runtime.cuda import current_device
 
 PROMPT = "a red circle above a blue square on a white background"
 
@@ -176,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _compare(options: argparse.Namespace, command: str) -> str:
-    chosen = [CONTESTANTS[name] for name in options.contestants]
+    chosen = _chosen(options.contestants, gpu=options.gpu)
     model = Model(SHAPES if options.model == "shapes" else Path(options.model).resolve(), options.bundles)
     plan = Plan(tuple(options.steps), options.rounds, options.repeats)
     # The plainest bundle is always there, since it knows the model's size and guidance.
@@ -199,11 +201,27 @@ def _compare(options: argparse.Namespace, command: str) -> str:
         results = describe(outcomes, plan.steps)
         lines = [introduction, "", *tabulate(results, plan.steps)]
         return write_result(
-            options.results, options.name or model.name, {**about, "contestants": results}, lines
+            options.results,
+            options.name or _name(model, gpu=options.gpu),
+            {**about, "contestants": results},
+            lines,
         )
 
     with tempfile.TemporaryDirectory() as folder:
         return write(measure(chosen, model, settings, plan, Path(folder), tell=_tell, keep=write))
+
+
+def _chosen(names: Sequence[str] | None, *, gpu: bool) -> list[Contestant]:
+    if names is not None:
+        return [CONTESTANTS[name] for name in names]
+    return [each for each in CONTESTANTS.values() if each.gpu == gpu or each.name == REFERENCE]
+
+
+def _name(model: Model, *, gpu: bool) -> str:
+    if not gpu:
+        return model.name
+    device = re.sub(r"[^a-z0-9]+", "-", current_device().name.lower()).strip("-")
+    return device if model.name == "shapes" else f"{device}-{model.name}"
 
 
 def _settings(options: argparse.Namespace, model: Model) -> Settings:
@@ -224,7 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="shapes|DIR", help="our small model, or a diffusers folder")
-    add("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    add("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help="(all of the CPU)")
+    add("--gpu", action="store_true", help="all of the GPU instead; the result is named after it")
     add("--steps", nargs=2, type=int, default=[2, 20], metavar=("FEW", "MANY"), help="of a pair (2 20)")
     add("--rounds", type=int, default=3, help="times that each contestant has its turn (3)")
     add("--repeats", type=int, default=1, help="pairs of pictures in a turn (1)")

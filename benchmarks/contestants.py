@@ -56,6 +56,7 @@ class Contestant:
     precision: str
     weights: str | None
     open: Callable[[Path, str, Settings], Paint]
+    gpu: bool = False
 
     def source(self, model: Model) -> Path:
         """What it opens."""
@@ -92,8 +93,43 @@ def _open_allaprima(backend: str, bundle: Path, precision: str, settings: Settin
     return paint
 
 
-def open_diffusers(checkpoint: Path, precision: str, settings: Settings) -> Paint:
-    """StableDiffusionPipeline, torch eager on the CPU, weights in the contiguous layout."""
+def open_ort_cuda(bundle: Path, precision: str, settings: Settings) -> Paint:
+    """Our runtime on ONNX Runtime's CUDA provider, in the precision of the bundle."""
+    return _open_allaprima("ort-cuda", bundle, precision, settings)
+
+
+def open_tensorrt(bundle: Path, precision: str, settings: Settings) -> Paint:
+    """Our runtime on TensorRT, with engines for this size alone."""
+    return _open_built("tensorrt", bundle, precision, settings)
+
+
+def open_tensorrt_rtx(bundle: Path, precision: str, settings: Settings) -> Paint:
+    """Our runtime on TensorRT-RTX, with engines for this size alone."""
+    return _open_built("tensorrt-rtx", bundle, precision, settings)
+
+
+def _open_built(backend: str, bundle: Path, precision: str, settings: Settings) -> Paint:
+    from allaprima.bundle import open_bundle
+    from allaprima.engine import build_bundle
+
+    build_bundle(open_bundle(bundle), backend=backend, sizes=[(settings.width, settings.height)])
+    return _open_allaprima(backend, bundle, precision, settings)
+
+
+def open_diffusers_cuda(checkpoint: Path, precision: str, settings: Settings) -> Paint:
+    """StableDiffusionPipeline on the GPU, torch eager, weights in the channels-last layout."""
+    return open_diffusers(checkpoint, precision, settings, device="cuda")
+
+
+def open_diffusers_compiled(checkpoint: Path, precision: str, settings: Settings) -> Paint:
+    """As `open_diffusers_cuda`, UNet and decoder compiled by torch."""
+    return open_diffusers(checkpoint, precision, settings, device="cuda", compiled=True)
+
+
+def open_diffusers(
+    checkpoint: Path, precision: str, settings: Settings, device: str = "cpu", *, compiled: bool = False
+) -> Paint:
+    """StableDiffusionPipeline in torch, eager or compiled; on the CPU with weights in the contiguous layout."""
     import diffusers
     import torch
     import transformers
@@ -104,7 +140,7 @@ def open_diffusers(checkpoint: Path, precision: str, settings: Settings) -> Pain
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
         checkpoint,
         dtype=dtype,
@@ -113,6 +149,13 @@ def open_diffusers(checkpoint: Path, precision: str, settings: Settings) -> Pain
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    if device != "cpu":
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    if compiled:
+        pipeline.unet = torch.compile(pipeline.unet, mode="max-autotune-no-cudagraphs")
+        pipeline.vae.decode = torch.compile(pipeline.vae.decode)
     sampler = find(settings.sampler)
     scheduler = getattr(diffusers, sampler.scheduler)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **sampler.overrides)
@@ -121,7 +164,7 @@ def open_diffusers(checkpoint: Path, precision: str, settings: Settings) -> Pain
     def paint(steps: int) -> Image:
         generator = torch.Generator("cpu").manual_seed(settings.seed)
         # Drawn in float32 and then rounded: the pipeline would draw other numbers in bf16, another picture.
-        latents = torch.randn(shape, generator=generator).to(dtype)
+        latents = torch.randn(shape, generator=generator).to(device, dtype)
         image: Image = pipeline(
             settings.prompt,
             num_inference_steps=steps,
@@ -148,5 +191,11 @@ CONTESTANTS = {
         Contestant("allaprima-ort-fp16", "fp16", "fp16", open_ort),
         Contestant("diffusers-bf16", "bf16", None, open_diffusers),
         Contestant(REFERENCE, "fp32", None, open_diffusers),
+        Contestant("allaprima-tensorrt-fp16", "fp16", "fp16", open_tensorrt, gpu=True),
+        Contestant("allaprima-tensorrt-rtx-fp16", "fp16", "fp16", open_tensorrt_rtx, gpu=True),
+        Contestant("allaprima-ort-cuda-fp16", "fp16", "fp16", open_ort_cuda, gpu=True),
+        Contestant("diffusers-cuda-fp16", "fp16", None, open_diffusers_cuda, gpu=True),
+        Contestant("diffusers-cuda-fp16-compiled", "fp16", None, open_diffusers_compiled, gpu=True),
+        Contestant("diffusers-cuda-fp32", "fp32", None, open_diffusers_cuda, gpu=True),
     )
 }
