@@ -1,69 +1,122 @@
 """Every graph of a real export compiles with TensorRT-RTX, for shapes and devices that are not here."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 
 from allaprima.bundle import BackendError, BuildError, Bundle, find_engine
-from allaprima.engine import Options, Progress, build_bundle, entries, prune, tensorrt
+from allaprima.engine import Options, Progress, build_bundle, entries, prune
+from allaprima.engine.options import TARGETS
+from allaprima.engine.tensorrt import choose_flavour
+from allaprima.runtime import flavours
 
 try:
-    VERSION = tensorrt.version("tensorrt-rtx")
+    TRT = flavours.load("tensorrt-rtx")
 except BackendError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
+PRECISIONS = ["tiny_half_bundle", "tiny_bundle"]
+COMPONENTS = ["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
 
-@pytest.fixture(scope="module", params=["tiny_half_bundle", "tiny_bundle"])
+
+@pytest.fixture(scope="module", params=PRECISIONS)
 def exported(request: pytest.FixtureRequest) -> Bundle:
     """A real export, in half and in full precision."""
     found: Bundle = request.getfixturevalue(request.param)
     return found
 
 
-def test_every_graph_of_an_export_compiles(exported: Bundle, cache: Path) -> None:
+def targets(plan: Path) -> set[str]:
+    """What a plan's header says."""
+    header = plan.read_bytes()[:64]
+    return {name for name, bit in TARGETS.items() if header[32] & bit}
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_the_parser_accepts_every_graph(exported: Bundle, component: str) -> None:
+    """And every operator in it: no plug-in is called for, and all attention can be taken apart."""
+    choose_flavour("tensorrt-rtx")
+    from polygraphy.backend.trt import NetworkFromOnnxPath, SetDecomposableAttentions
+
+    described = exported.component(component)
+    graph = exported.path(described.graph)
+    builder, network, parser = SetDecomposableAttentions(NetworkFromOnnxPath(str(graph)))()
+    assert parser.num_errors == 0
+    operators = Counter(node.op_type for node in onnx.load(graph, load_external_data=False).graph.node)
+    assert [name for name in operators if not parser.supports_operator(name)] == []
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    assert not any("PLUGIN" in layer.type.name for layer in layers)
+    attention = [layer for layer in layers if layer.type == TRT.LayerType.ATTENTION_INPUT]
+    assert len(attention) == operators["Attention"]
+    for layer in attention:
+        layer.__class__ = TRT.IAttentionInputLayer
+        assert layer.attention.decomposable
+    if component != "vae_encoder":
+        assert attention, "this test would show nothing"
+    edges = [
+        (described.inputs, network.num_inputs, network.get_input),
+        (described.outputs, network.num_outputs, network.get_output),
+    ]
+    for specs, count, get in edges:
+        tensors: list[Any] = [get(index) for index in range(count)]
+        found = {one.name: (DTYPES[one.dtype.name], len(one.shape)) for one in tensors}
+        assert found == {spec.name: (spec.dtype, len(spec.shape)) for spec in specs}
+        for spec, tensor in zip(specs, tensors, strict=True):
+            fixed = tuple(axis if isinstance(axis, int) else -1 for axis in spec.shape)
+            assert tuple(tensor.shape) == fixed, spec.name
+    del parser, network, builder  # in this order: each borrows the next
+
+
+def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path) -> None:
+    exported = tiny_half_bundle
     stages: list[Progress] = []
     step = exported.manifest.latent.multiple
-    built = build_bundle(
-        exported,
-        backend="tensorrt-rtx",
-        sizes=[(2 * step, step), (step, 2 * step)],
-        batch=(1, 2),
-        options=Options(targets=("8.9", "12.0")),
-        progress=stages.append,
-    )
+    asked: dict[str, Any] = {
+        "backend": "tensorrt-rtx",
+        "sizes": [(2 * step, step)],
+        "batch": (1, 3),
+        "options": Options(targets=("8.9", "12.0")),
+    }
+    built = build_bundle(exported, **asked, progress=stages.append)
     names = list(exported.manifest.components)
+    assert sorted(names) == sorted(COMPONENTS)
     assert [one.component for one in built] == names
     assert [stage.stage for stage in stages[:4]] == [
         f"{names[0]}: {stage}" for stage in ("parse", "build", "verify", "save")
     ]
     assert [stage.done for stage in stages] == list(range(4 * len(names)))
     for one in built:
-        key = one.engine.key
-        assert (key.backend, key.backend_version, key.precision) == (
-            "tensorrt-rtx",
-            VERSION,
-            exported.component(one.component).precision,
-        )
+        key, plan = one.engine.key, one.folder / one.engine.main
+        assert (key.backend, key.backend_version, key.precision) == ("tensorrt-rtx", TRT.__version__, "fp16")
         assert key.device == "compute capability 8.9, 12.0"
         assert one.engine.error is None  # there is no such GPU here to run it on
-        plan = (one.folder / one.engine.main).read_bytes()
-        assert {name for name, bit in tensorrt.TARGETS.items() if plan[32] & bit} == {"8.9", "12.0"}
-        assert find_engine(key) == one.folder / one.engine.main
+        assert targets(plan) == {"8.9", "12.0"}
+        assert plan.stat().st_size > sum((exported.folder / name).stat().st_size for name in key.graph) / 2
+        assert find_engine(key) == plan
     denoiser = next(one for one in built if one.component == "denoiser")
-    assert len(denoiser.engine.key.profiles) == 4
+    assert [profile.extents["B"] for profile in denoiser.engine.key.profiles] == [(1, 1, 1), (2, 3, 3)]
+    assert all(profile.extents["G"] == (1, 2, 2) for profile in denoiser.engine.key.profiles)
     assert all(one.stale == "" for one in entries())
     assert prune() == ()
-    again = build_bundle(
-        exported,
-        backend="tensorrt-rtx",
-        sizes=[(2 * step, step), (step, 2 * step)],
-        batch=(1, 2),
-        options=Options(targets=("8.9", "12.0")),
-    )
-    assert all(one.reused for one in again)
+    assert all(one.reused for one in build_bundle(exported, **asked))
 
 
-def test_too_little_workspace_is_said(exported: Bundle, cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "precision"), [("tiny_bundle", "fp32"), ("tiny_bf16_bundle", "bf16")], ids=["fp32", "bf16"]
+)
+def test_other_precisions_compile(request: pytest.FixtureRequest, fixture: str, precision: str) -> None:
+    """In float32 attention has no fused kernel, and is taken apart."""
+    exported: Bundle = request.getfixturevalue(fixture)
+    built = build_bundle(exported, backend="tensorrt-rtx", options=Options(targets=("8.6",)))
+    assert {one.engine.key.precision for one in built} == {precision}
+    assert all(targets(one.folder / one.engine.main) == {"8.6"} for one in built)
+
+
+def test_too_little_workspace_is_said(tiny_half_bundle: Bundle, cache: Path) -> None:
     with pytest.raises(BuildError, match="cannot compile it"):
-        build_bundle(exported, backend="tensorrt-rtx", options=Options(("8.9",), workspace=1024))
+        build_bundle(tiny_half_bundle, backend="tensorrt-rtx", options=Options(("8.9",), workspace=1024))
     assert not [path for path in cache.iterdir() if "partial" in path.name]
