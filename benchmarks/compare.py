@@ -200,12 +200,8 @@ def _compare(options: argparse.Namespace, command: str) -> str:
     def write(outcomes: list[Outcome]) -> str:
         results = describe(outcomes, plan.steps)
         lines = [introduction, "", *tabulate(results, plan.steps)]
-        return write_result(
-            options.results,
-            options.name or _name(model, gpu=options.gpu),
-            {**about, "contestants": results},
-            lines,
-        )
+        name = options.name or _name(model, gpu=options.gpu)
+        return write_result(options.results, name, {**about, "contestants": results}, lines)
 
     with tempfile.TemporaryDirectory() as folder:
         return write(measure(chosen, model, settings, plan, Path(folder), tell=_tell, keep=write))
