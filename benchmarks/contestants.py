@@ -129,7 +129,7 @@ def open_diffusers_compiled(checkpoint: Path, precision: str, settings: Settings
 def open_diffusers(
     checkpoint: Path, precision: str, settings: Settings, device: str = "cpu", *, compiled: bool = False
 ) -> Paint:
-    """StableDiffusionPipeline in torch, eager or compiled; on the CPU weights are in the contiguous layout."""
+    """StableDiffusionPipeline in torch, eager or compiled; on the CPU weights lie contiguously."""
     import diffusers
     import torch
     import transformers

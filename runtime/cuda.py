@@ -43,7 +43,9 @@ def current_device() -> Device:
     try:
         from cuda.core import Device as CoreDevice
     except ImportError as cause:
-        raise BackendError(f'NVIDIA GPUs need cuda-core ({cause}): pip install "cuda-core[cu13]"') from cause
+        raise BackendError(
+            f"NVIDIA GPUs need cuda-core ({cause}): pip install cuda-core cuda-bindings"
+        ) from cause
     try:
         device: Any = CoreDevice()
         major, minor = device.compute_capability
@@ -80,7 +82,7 @@ class Gpu:
             from cuda.core import Stream, StreamOptions
         except ImportError as cause:
             raise BackendError(
-                f'NVIDIA GPUs need cuda-core ({cause}): pip install "cuda-core[cu13]"'
+                f"NVIDIA GPUs need cuda-core ({cause}): pip install cuda-core cuda-bindings"
             ) from cause
         self._driver: Any = driver
         try:

@@ -158,7 +158,7 @@ def test_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"works here \(no driver\): install its driver, or compile where"):
         current_device()
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(BackendError, match=r'pip install "cuda-core\[cu13\]"'):
+    with pytest.raises(BackendError, match=r"pip install cuda-core cuda-bindings"):
         current_device()
 
 
