@@ -2,6 +2,7 @@
 
 from allaprima.bundle.engines import (
     Engine,
+    EngineFile,
     EngineKey,
     cache_folder,
     engine_key,
@@ -56,6 +57,7 @@ __all__ = [
     "Component",
     "Defaults",
     "Engine",
+    "EngineFile",
     "EngineKey",
     "ExportError",
     "FileEntry",

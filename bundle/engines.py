@@ -78,6 +78,14 @@ class Engine(Record):
         return sum(entry.size for entry in self.files.values())
 
 
+@dataclass(frozen=True)
+class EngineFile:
+    """What a session loads: an engine's main file, and the shapes it serves (none: all of the graph's)."""
+
+    path: Path
+    profiles: tuple[Profile, ...] = ()
+
+
 def cache_folder() -> Path:
     """Where engines are kept: $ALLAPRIMA_CACHE, else `allaprima/engines` in the user's cache folder."""
     if chosen := os.environ.get("ALLAPRIMA_CACHE"):
@@ -123,8 +131,8 @@ def find_engine(key: EngineKey, cache: Path | None = None) -> Path | None:
 
 def matching_engines(
     key: EngineKey, serves: Callable[[str], bool], cache: Path | None = None
-) -> tuple[Path, ...]:
-    """The main files of all whole engines that differ from `key` in profiles and flags at most, newest first.
+) -> tuple[EngineFile, ...]:
+    """All whole engines that differ from `key` in profiles and flags at most, newest first.
 
     Their device need not be the key's: `serves` says whether an engine for a device, in its words, will do.
     """
@@ -134,8 +142,9 @@ def matching_engines(
             continue
         same = replace(key, profiles=engine.key.profiles, flags=engine.key.flags, device=engine.key.device)
         if same == engine.key and find_engine(engine.key, cache):
-            found.append((folder / SIDECAR, folder / engine.main))
-    return tuple(main for _, main in sorted(found, key=lambda pair: -pair[0].stat().st_mtime))
+            file = EngineFile(folder / engine.main, engine.key.profiles)
+            found.append(((folder / SIDECAR).stat().st_mtime, file))
+    return tuple(file for _, file in sorted(found, key=lambda pair: -pair[0]))
 
 
 def why_missing(key: EngineKey, cache: Path | None = None) -> str:

@@ -28,7 +28,7 @@ from allaprima.bundle import (
 )
 from allaprima.engine.options import Options
 from allaprima.engine.shapes import Size
-from allaprima.engine.toolchains import Native, TensorRT, Toolchain
+from allaprima.engine.toolchains import Job, Native, TensorRT, Toolchain
 from allaprima.runtime.backends import backends, choose, compiles
 from allaprima.runtime.cuda import current_device
 from allaprima.runtime.flavours import FLAVOURS, flavour_for
@@ -69,15 +69,15 @@ def build_bundle(
     cache: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Built, ...]:
-    """Make sure that the cache holds a verified engine of every component.
+    """Make sure that the cache holds verified engines of every component.
 
     Args:
         bundle: an opened bundle.
         backend: "auto" or a backend's name.
         precision: "fp32", "fp16", "bf16"; None is the backend's choice for this machine.
-        sizes: width and height of pictures in pixels, for backends that compile for shapes; none is the
-            bundle's default.
-        batch: smallest and largest number of pictures in a batch, for the same backends.
+        sizes: width and height of pictures in pixels. The TensorRT family compiles for these alone, none is
+            the bundle's default; OpenVINO for all, and faster engines for up to two of these.
+        batch: smallest and largest number of pictures in a batch.
         options: of the TensorRT family.
         cache: the cache's folder; None is the user's.
         progress: called before each stage.
@@ -89,10 +89,10 @@ def build_bundle(
     """
     toolchain = _toolchain(bundle, backend, precision, sizes, batch, options)
     built = []
-    names = tuple(bundle.manifest.components)
-    for index, component in enumerate(names):
-        stages = _Stages(progress, component, len(toolchain.stages), index, len(names))
-        built.append(_build_component(bundle, component, toolchain, cache, stages))
+    jobs = toolchain.jobs()
+    for index, job in enumerate(jobs):
+        stages = _Stages(progress, job.component, len(toolchain.stages), index, len(jobs))
+        built.append(_build(bundle, job, toolchain, cache, stages))
     return tuple(built)
 
 
@@ -109,7 +109,9 @@ def _toolchain(
         return TensorRT(bundle, backend, precision, sizes, batch, options or Options())
     if not compiles(backend):
         raise RequestError(f"{backend} compiles nothing ahead of time: use the bundle as it is")
-    return Native(bundle, backend, precision, fixed=bool(sizes) or batch != (1, 1) or options is not None)
+    if options is not None:
+        raise RequestError(f"{backend} has no such options: they belong to {' and '.join(FLAVOURS)}")
+    return Native(bundle, backend, precision, sizes, batch)
 
 
 def _resolve(backend: str) -> str:
@@ -145,30 +147,28 @@ class _Stages:
             self.progress(Progress(f"{self.component}: {stage}", self.done, self.total))
 
 
-def _build_component(
-    bundle: Bundle, name: str, toolchain: Toolchain, cache: Path | None, stages: _Stages
-) -> Built:
-    key = toolchain.key(name)
+def _build(bundle: Bundle, job: Job, toolchain: Toolchain, cache: Path | None, stages: _Stages) -> Built:
+    key = toolchain.key(job)
     if found := find_engine(key, cache):
-        return Built(name, found.parent, read_engine(found.parent), reused=True)
+        return Built(job.component, found.parent, read_engine(found.parent), reused=True)
     with _alone(key, cache, stages):
         if found := find_engine(key, cache):  # another process has built it meanwhile
-            return Built(name, found.parent, read_engine(found.parent), reused=True)
+            return Built(job.component, found.parent, read_engine(found.parent), reused=True)
         reason = why_missing(key, cache)
         with writing_engine(key, cache) as folder:
             started = time.perf_counter()
             try:
-                main = toolchain.compile(name, folder, stages.enter)
+                main = toolchain.compile(job, folder, stages.enter)
             except OSError as cause:
                 raise _unwritable(folder.parent, cause) from cause
             seconds = time.perf_counter() - started
             stages.enter("verify")
-            error = toolchain.verify(name, main)
+            error = toolchain.verify(job, main)
             stages.enter("save")
             engine = seal_engine(
                 folder, key, bundle=bundle.manifest.name, main=main.name, seconds=seconds, error=error
             )
-    return Built(name, folder.with_name(key.folder), engine, reused=False, reason=reason)
+    return Built(job.component, folder.with_name(key.folder), engine, reused=False, reason=reason)
 
 
 @contextmanager

@@ -62,6 +62,23 @@ def plan_profiles(
     }
 
 
+def fixed_profiles(bundle: Bundle, sizes: Sequence[Size], batch: int) -> dict[str, tuple[Profile, ...]]:
+    """For every component that takes pictures or latents one profile per size, with a single shape in it.
+
+    The denoiser has `batch` lanes and two guidance branches, the autoencoder one picture. No size is the
+    bundle's default. Raises RequestError.
+    """
+    planned = plan_profiles(bundle, sizes, (batch, batch))
+    return {
+        name: tuple(
+            Profile({axis: (most, most, most) for axis, (_, _, most) in profile.extents.items()})
+            for profile in profiles
+        )
+        for name, profiles in planned.items()
+        if "H" in profiles[0].extents
+    }
+
+
 def _plan(
     component: Component, sizes: Sequence[Size], batch: tuple[int, int], latent: Latent
 ) -> tuple[Profile, ...]:

@@ -12,7 +12,9 @@ from allaprima.bundle import (
     BackendError,
     Bundle,
     Component,
+    EngineFile,
     EngineKey,
+    Profile,
     engine_key,
     find_engine,
     matching_engines,
@@ -44,15 +46,17 @@ class Driver(Protocol):
         *,
         precision: str | None,
         threads: int | None,
-        engines: Sequence[Path],
+        engines: Sequence[EngineFile],
     ) -> Session:
         """See `open_session` below."""
 
 
 class Compiler(Driver, Protocol):
-    """A driver that compiles a graph for all its shapes, on the machine that will run it."""
+    """A driver that compiles a graph on the machine that will run it."""
 
-    def compile_engine(self, graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
+    def compile_engine(
+        self, graph: Path, component: Component, folder: Path, *, precision: str, profile: Profile | None
+    ) -> Path:
         """See `compile_engine` below."""
 
 
@@ -84,11 +88,16 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a driver is: a module, or an object in one; the extra that installs it; what kind it is."""
+    """Where a driver is: a module, or an object in one; the extra that installs it; what kind it is.
+
+    `compiles`: for all shapes of a graph, on the machine that will run it; `fixes`: for one shape too.
+    `built_before`: it runs nothing else.
+    """
 
     driver: str
     extra: str
     compiles: bool = False
+    fixes: bool = False
     built_before: bool = False
 
 
@@ -97,7 +106,7 @@ _ENTRIES = {
     "tensorrt": _Entry(_SESSIONS + "tensorrt_driver:TENSORRT", "tensorrt", built_before=True),
     "tensorrt-rtx": _Entry(_SESSIONS + "tensorrt_driver:TENSORRT_RTX", "tensorrt-rtx", built_before=True),
     "ort-cuda": _Entry(_SESSIONS + "ort_cuda", "ort-gpu"),
-    "openvino": _Entry(_SESSIONS + "openvino", "openvino", compiles=True),
+    "openvino": _Entry(_SESSIONS + "openvino", "openvino", compiles=True, fixes=True),
     "ort": _Entry(_SESSIONS + "ort", "ort", compiles=True),
 }
 """In the order in which "auto" tries them: the fastest first."""
@@ -154,6 +163,11 @@ def compiles(backend: str) -> bool:
     return _ENTRIES[backend].compiles
 
 
+def fixes(backend: str) -> bool:
+    """Whether a backend that compiles also does so for one shape alone, which is faster for that."""
+    return _ENTRIES[backend].fixes
+
+
 def open_session(
     graph: Path,
     component: Component,
@@ -161,13 +175,13 @@ def open_session(
     *,
     precision: str | None = None,
     threads: int | None = None,
-    engines: Sequence[Path] = (),
+    engines: Sequence[EngineFile] = (),
 ) -> Session:
     """Load the graph of a component.
 
     `precision` None or "auto" is the fastest that the backend has for this graph on this machine; `threads`
-    None leaves the number to the backend; `engines` are files that the same backend compiled before, loaded
-    in place of the graph: the first for all shapes, or for TensorRT each for its own.
+    None leaves the number to the backend; `engines` are what the same backend compiled before, loaded in
+    place of the graph: of several that serve a shape the first.
 
     Raises BackendError.
     """
@@ -180,16 +194,22 @@ def open_session(
 
 
 def compile_engine(
-    graph: Path, component: Component, folder: Path, backend: str, *, precision: str | None = None
+    graph: Path,
+    component: Component,
+    folder: Path,
+    backend: str,
+    *,
+    precision: str | None = None,
+    profile: Profile | None = None,
 ) -> Path:
-    """Compile a graph into `folder`; the file that `open_session` takes as an engine.
+    """Compile a graph into `folder`, for all its shapes or for the best of a profile; the engine's main file.
 
     Raises BackendError.
     """
     name = choose(backend)
     chosen = engine_precision(component, name, precision)
     compiler = cast(Compiler, _driver(name))
-    return compiler.compile_engine(graph, component, folder, precision=chosen)
+    return compiler.compile_engine(graph, component, folder, precision=chosen, profile=profile)
 
 
 def engine_precision(component: Component, backend: str, precision: str | None) -> str:
@@ -199,7 +219,14 @@ def engine_precision(component: Component, backend: str, precision: str | None) 
     return chosen or (info.precisions[0] if info.converts else component.precision)
 
 
-def key_of(bundle: Bundle, component: str, backend: str, *, precision: str | None = None) -> EngineKey:
+def key_of(
+    bundle: Bundle,
+    component: str,
+    backend: str,
+    *,
+    precision: str | None = None,
+    profiles: tuple[Profile, ...] = (),
+) -> EngineKey:
     """What identifies the engine of a bundle's component on this machine."""
     name = choose(backend)
     info = _probe(name)
@@ -210,18 +237,26 @@ def key_of(bundle: Bundle, component: str, backend: str, *, precision: str | Non
         backend_version=info.version,
         device=info.device,
         precision=engine_precision(bundle.component(component), name, precision),
+        profiles=profiles,
     )
 
 
 def find_engines(
     bundle: Bundle, component: str, backend: str, *, precision: str | None = None
-) -> tuple[Path, ...]:
-    """The engines of a component that the cache has for a backend on this machine, the newest first."""
-    if not _ENTRIES[backend].built_before:
-        found = find_engine(key_of(bundle, component, backend, precision=precision))
-        return () if found is None else (found,)
-    loader = cast(Loader, _driver(backend))
-    return matching_engines(key_of(bundle, component, backend, precision=precision), loader.serves)
+) -> tuple[EngineFile, ...]:
+    """The engines of a component that the cache has for a backend on this machine.
+
+    Those for some shapes come first, of them the newest, and the one for all shapes last.
+    """
+    key, entry = key_of(bundle, component, backend, precision=precision), _ENTRIES[backend]
+    if entry.built_before:
+        return matching_engines(key, cast(Loader, _driver(backend)).serves)
+    found = find_engine(key)
+    general = () if found is None else (EngineFile(found),)
+    if not entry.fixes:
+        return general
+    fixed = matching_engines(key, lambda device: device == key.device)
+    return (*(file for file in fixed if file.profiles), *general)
 
 
 def _all_built(bundle: Bundle, backend: str) -> bool:

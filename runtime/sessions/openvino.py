@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allaprima.bundle import BackendError, Component, TensorSpec
+from allaprima.bundle import BackendError, Component, EngineFile, Profile, RequestError, TensorSpec
 from allaprima.runtime.memory import HOST, Memory, Tensor
 from allaprima.runtime.session import check_names, check_tensors
 
@@ -46,33 +47,51 @@ def _core_capabilities() -> list[str]:
 
 
 def open_session(
-    graph: Path, component: Component, *, precision: str | None, threads: int | None, engines: Sequence[Path]
+    graph: Path,
+    component: Component,
+    *,
+    precision: str | None,
+    threads: int | None,
+    engines: Sequence[EngineFile],
 ) -> OpenvinoSession:
-    """Compile a graph, or import a compiled model; `backends.open_session` says the rest."""
+    """Compile a graph, or import compiled models; `backends.open_session` says the rest."""
     chosen = precision or precisions()[0]
     if chosen not in precisions():
         raise BackendError(
             f"openvino cannot compute in {chosen} on this CPU, only in {', '.join(precisions())}"
         )
-    where = str(engines[0] if engines else graph)
-    try:
-        if not engines:
-            compiled = compile_graph(graph, precision=chosen, threads=threads)
-        else:
-            compiled = _core().import_model(engines[0].read_bytes(), "CPU", _properties(chosen, threads))
-    except Exception as error:
-        raise BackendError(f"openvino cannot load {where}: {error}") from error
-    return OpenvinoSession(compiled, component, precision=chosen, where=where)
+
+    def load(engine: Path | None) -> Any:
+        try:
+            if engine is None:
+                return compile_graph(graph, component, precision=chosen, threads=threads)
+            return _core().import_model(engine.read_bytes(), "CPU", _properties(chosen, threads))
+        except Exception as error:
+            raise BackendError(f"openvino cannot load {engine or graph}: {error}") from error
+
+    models = [Model(file.profiles, functools.partial(load, file.path)) for file in engines]
+    if all(file.profiles for file in engines):
+        models.append(Model((), functools.partial(load, None)))
+    return OpenvinoSession(models, component, precision=chosen, where=str(graph))
 
 
-def compile_graph(graph: Path, *, precision: str, threads: int | None) -> Any:
-    """The compiled model of an ONNX graph; its `export_model()` is what `engine` may later be.
+def compile_graph(
+    graph: Path,
+    component: Component,
+    *,
+    precision: str,
+    threads: int | None,
+    profile: Profile | None = None,
+) -> Any:
+    """The compiled model of an ONNX graph, for all shapes or the best of a profile, to be exported or run.
 
     Below fp32, a timestep sinusoid would be computed from a rounded phase: bf16 has 8 bits, so a timestep of
     981 becomes 980 and the phase is off by a radian. The plugin keeps in fp32 what lies between an output and
     the nearest matrix product, so making the sines and cosines outputs keeps their phases exact.
     """
     model = _core().read_model(graph)
+    if profile is not None:
+        model.reshape({spec.name: list(profile.shapes(spec)[1]) for spec in component.inputs})
     if precision != "fp32":
         waves = [node.output(0) for node in model.get_ops() if node.get_type_name() in ("Sin", "Cos")]
         if waves:
@@ -80,11 +99,14 @@ def compile_graph(graph: Path, *, precision: str, threads: int | None) -> Any:
     return _core().compile_model(model, "CPU", _properties(precision, threads))
 
 
-def compile_engine(graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
+def compile_engine(
+    graph: Path, component: Component, folder: Path, *, precision: str, profile: Profile | None
+) -> Path:
     """Write the compiled model of a graph into `folder`; `backends.compile_engine` says the rest."""
     path = folder / "model.blob"
     try:
-        path.write_bytes(compile_graph(graph, precision=precision, threads=None).export_model().getbuffer())
+        compiled = compile_graph(graph, component, precision=precision, threads=None, profile=profile)
+        path.write_bytes(compiled.export_model().getbuffer())
     except OSError:
         raise
     except Exception as error:
@@ -107,36 +129,66 @@ def _properties(precision: str, threads: int | None) -> dict[str, Any]:
     return properties if threads is None else {**properties, "INFERENCE_NUM_THREADS": threads}
 
 
+@dataclass(frozen=True)
+class Model:
+    """A compiled model that is there when it is asked for, and the shapes it serves (none: all)."""
+
+    profiles: tuple[Profile, ...]
+    load: Callable[[], Any]
+
+    def serves(self, extents: Mapping[str, int]) -> bool:
+        """Whether it takes tensors of these extents."""
+        return not self.profiles or any(profile.serves(extents) for profile in self.profiles)
+
+
 class OpenvinoSession:
-    """See Session."""
+    """See Session.
+
+    Of several models, a binding takes the first that serves its shapes. Each holds its own copy of the
+    weights, so none is loaded before a binding needs it, but for an only one.
+    """
 
     memory: Memory = HOST
 
-    def __init__(self, compiled: Any, component: Component, *, precision: str, where: str) -> None:
+    def __init__(self, models: Sequence[Model], component: Component, *, precision: str, where: str) -> None:
         self.precision = precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
-        # A port answers to several names where the plugin elided the cast behind an input.
-        taken = [
-            next((name for name in self.inputs if name in port.names), port.any_name)
-            for port in compiled.inputs
-        ]
-        check_names(self.inputs, taken, where)
-        # Outputs beyond these are the ones that compile_graph added.
-        found = {name for port in compiled.outputs for name in port.names}
-        check_names(self.outputs, found & self.outputs.keys(), where)
-        self._compiled = compiled
+        self._models: Sequence[Model] | None = models
+        self._where = where
+        self._compiled: dict[int, Any] = {}
+        if len(models) == 1:
+            self._load(0, models[0])
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OpenvinoBinding:
         """See Session.bind."""
-        if self._compiled is None:
+        if self._models is None:
             raise BackendError("the session is closed")
-        check_tensors(self.inputs, self.outputs, tensors)
-        return OpenvinoBinding(self._compiled, tensors)
+        extents = check_tensors(self.inputs, self.outputs, tensors)
+        for index, model in enumerate(self._models):
+            if model.serves(extents):
+                return OpenvinoBinding(self._load(index, model), tensors)
+        raise RequestError(f"no engine of {self._where} was built for {extents}")
+
+    def _load(self, index: int, model: Model) -> Any:
+        if index not in self._compiled:
+            compiled = model.load()
+            # A port answers to several names where the plugin elided the cast behind an input.
+            taken = [
+                next((name for name in self.inputs if name in port.names), port.any_name)
+                for port in compiled.inputs
+            ]
+            check_names(self.inputs, taken, self._where)
+            # Outputs beyond these are the ones that compile_graph added.
+            found = {name for port in compiled.outputs for name in port.names}
+            check_names(self.outputs, found & self.outputs.keys(), self._where)
+            self._compiled[index] = compiled
+        return self._compiled[index]
 
     def close(self) -> None:
         """See Session.close."""
-        self._compiled = None
+        self._models = None
+        self._compiled.clear()
 
 
 class OpenvinoBinding:

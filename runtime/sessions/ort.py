@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allaprima.bundle import BackendError, Component, TensorSpec
+from allaprima.bundle import BackendError, Component, EngineFile, Profile, TensorSpec
 from allaprima.runtime.memory import HOST, Memory, Tensor
 from allaprima.runtime.session import check_names, check_tensors
 
@@ -35,14 +35,21 @@ def device() -> str:
 
 
 def open_session(
-    graph: Path, component: Component, *, precision: str | None, threads: int | None, engines: Sequence[Path]
+    graph: Path,
+    component: Component,
+    *,
+    precision: str | None,
+    threads: int | None,
+    engines: Sequence[EngineFile],
 ) -> OrtSession:
     """Load a graph, or the optimised graph among `engines`; `backends.open_session` says the rest."""
     _check_precision(graph, component, precision)
-    return OrtSession(engines[0] if engines else graph, component, threads=threads)
+    return OrtSession(engines[0].path if engines else graph, component, threads=threads)
 
 
-def compile_engine(graph: Path, component: Component, folder: Path, *, precision: str) -> Path:
+def compile_engine(
+    graph: Path, component: Component, folder: Path, *, precision: str, profile: Profile | None
+) -> Path:
     """Write the graph as ONNX Runtime optimises it into `folder`; `backends.compile_engine` says the rest."""
     import onnxruntime
 

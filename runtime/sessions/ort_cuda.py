@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allaprima.bundle import BackendError, Component, TensorSpec
+from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
 from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_tensors
@@ -42,7 +42,12 @@ def device() -> str:
 
 
 def open_session(
-    graph: Path, component: Component, *, precision: str | None, threads: int | None, engines: Sequence[Path]
+    graph: Path,
+    component: Component,
+    *,
+    precision: str | None,
+    threads: int | None,
+    engines: Sequence[EngineFile],
 ) -> OrtCudaSession:
     """Load a graph; `backends.open_session` says the rest."""
     if precision not in (None, component.precision):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from allaprima.bundle import BackendError, Component, Profile, RequestError, TensorSpec, nearest
+from allaprima.bundle import BackendError, Component, EngineFile, RequestError, TensorSpec, nearest
 from allaprima.runtime.cuda import CudaMemory, Gpu, Graph
 from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_names, check_tensors
@@ -21,14 +20,6 @@ from allaprima.runtime.sessions.tensorrt_api import (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """An engine file, and the shapes it serves, in the order of its optimization profiles."""
-
-    path: Path
-    profiles: tuple[Profile, ...]
-
-
 class TensorrtSession:
     """See Session.
 
@@ -39,12 +30,14 @@ class TensorrtSession:
         module: `tensorrt` or `tensorrt_rtx`.
     """
 
-    def __init__(self, plans: Sequence[Plan], component: Component, gpu: Gpu, module: TensorrtModule) -> None:
+    def __init__(
+        self, plans: Sequence[EngineFile], component: Component, gpu: Gpu, module: TensorrtModule
+    ) -> None:
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
         self.memory: Memory = CudaMemory(gpu)
-        self._plans: Sequence[Plan] | None = plans
+        self._plans: Sequence[EngineFile] | None = plans
         self._name = component.graph
         self._gpu = gpu
         self._module: TensorrtModule = module

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from allaprima.bundle import BackendError, BundleError, Component, read_engine
+from allaprima.bundle import BackendError, Component, EngineFile
 from allaprima.runtime import flavours
 from allaprima.runtime.cuda import default_gpu
-from allaprima.runtime.sessions.tensorrt import Plan, TensorrtSession
+from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
 
 class TensorrtDriver:
@@ -53,7 +53,7 @@ class TensorrtDriver:
         *,
         precision: str | None,
         threads: int | None,
-        engines: Sequence[Path],
+        engines: Sequence[EngineFile],
     ) -> TensorrtSession:
         """Make ready to load engines; `backends.open_session` says the rest."""
         role = graph.parent.name
@@ -67,11 +67,7 @@ class TensorrtDriver:
                 f"{self.name} {self.version()} has no engine of {role} for {self.device()}: "
                 f"allaprima build --backend {self.name}"
             )
-        try:
-            plans = [Plan(path, read_engine(path.parent).key.profiles) for path in engines]
-        except BundleError as cause:
-            raise BackendError(str(cause)) from cause
-        return TensorrtSession(plans, component, default_gpu(), flavours.load(self.name))
+        return TensorrtSession(engines, component, default_gpu(), flavours.load(self.name))
 
 
 TENSORRT = TensorrtDriver("tensorrt")

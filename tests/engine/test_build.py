@@ -20,13 +20,23 @@ import pytest
 
 import allaprima.engine.toolchains
 import allaprima.runtime.pipeline
-from allaprima.bundle import BackendError, BuildError, Bundle, BundleError, find_engine, read_engine
-from allaprima.engine import Built, Progress, build_bundle, entries, prune
+from allaprima.bundle import (
+    BackendError,
+    BuildError,
+    Bundle,
+    BundleError,
+    EngineFile,
+    RequestError,
+    find_engine,
+    read_engine,
+)
+from allaprima.engine import Built, Options, Progress, build_bundle, entries, prune
 from allaprima.runtime import Pipeline, backends
+from allaprima.runtime.backends import compiles, find_engines
 
 from ..runtime.conftest import DENOISER, HEADER, TEXT_ENCODER
 
-AVAILABLE = [info.name for info in backends() if info.available]
+AVAILABLE = [info.name for info in backends() if info.available and compiles(info.name)]
 COMPONENTS = ["text_encoder", "denoiser", "vae_decoder"]
 
 
@@ -152,16 +162,16 @@ def test_a_damaged_engine_is_not_loaded(bundle: Bundle, damage: str, monkeypatch
     first = build(bundle, "ort")
     DAMAGES[damage](first[0].folder / first[0].engine.main)
     assert find_engine(first[0].engine.key) is None
-    opened: list[Sequence[Path]] = []
+    opened: list[Sequence[EngineFile]] = []
     open_session = allaprima.runtime.pipeline.open_session
 
-    def watch(*args: Any, engines: Sequence[Path], **options: Any) -> Any:
+    def watch(*args: Any, engines: Sequence[EngineFile], **options: Any) -> Any:
         opened.append(engines)
         return open_session(*args, engines=engines, **options)
 
     monkeypatch.setattr(allaprima.runtime.pipeline, "open_session", watch)
     paint(bundle, "ort")
-    assert opened == [(), *((one.folder / one.engine.main,) for one in first[1:])]
+    assert opened == [(), *((EngineFile(one.folder / one.engine.main),) for one in first[1:])]
     second = build(bundle, "ort")
     assert [one.reused for one in second] == [False, True, True]
     assert find_engine(first[0].engine.key) == second[0].folder / second[0].engine.main
@@ -377,3 +387,56 @@ def test_a_graph_that_is_not_its_manifests(
 def test_reading_what_is_no_engine(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a finished engine"):
         read_engine(tmp_path)
+
+
+def test_fixed_shapes_of_openvino(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines for one size beside the one for all: used for that size, loaded when first needed."""
+    pytest.importorskip("openvino")
+    wanted = {size: paint_size(bundle, *size) for size in ((64, 32), (32, 32))}
+    built = build_bundle(bundle, backend="openvino", precision="fp32", sizes=[(32, 64)])
+    assert [(one.component, bool(one.engine.key.profiles)) for one in built] == [
+        ("text_encoder", False),
+        ("denoiser", False),
+        ("denoiser", True),
+        ("vae_decoder", False),
+        ("vae_decoder", True),
+    ]
+    assert all(one.engine.error is not None and one.engine.error < 1e-3 for one in built)
+    assert [file.profiles for file in find_engines(bundle, "denoiser", "openvino", precision="fp32")] == [
+        built[2].engine.key.profiles,
+        (),
+    ]
+    loaded: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: (loaded.append(self.parent.name), read_bytes(self))[1]
+    )
+    assert paint_size(bundle, 64, 32) == wanted[64, 32]
+    blobs = [name for name in loaded if name.startswith("openvino")]
+    assert blobs == [built[0].folder.name, built[2].folder.name, built[4].folder.name]
+    assert paint_size(bundle, 32, 32) == wanted[32, 32]
+
+
+def paint_size(bundle: Bundle, height: int, width: int) -> bytes:
+    with Pipeline.open(bundle.folder, backend="openvino", precision="fp32", threads=1) as pipeline:
+        result = pipeline.generate("a red circle", seed=2, num_inference_steps=3, height=height, width=width)
+        return result.images[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("ort", {"sizes": [(64, 64)]}, "ort compiles one engine for all shapes"),
+        ("openvino", {"sizes": [(64, 64), (32, 64), (64, 32)]}, "at most 2 sizes"),
+        ("openvino", {"batch": (1, 4)}, "at most 2 sizes in one batch"),
+        ("openvino", {"sizes": [(60, 64)]}, "60x64 cannot be painted"),
+        ("openvino", {"options": Options(level=3)}, "no such options: they belong to tensorrt and"),
+    ],
+)
+def test_shapes_that_make_no_sense(
+    bundle: Bundle, backend: str, options: dict[str, Any], message: str
+) -> None:
+    pytest.importorskip({"ort": "onnxruntime"}.get(backend, backend))
+    with pytest.raises(RequestError, match=message):
+        build_bundle(bundle, backend=backend, precision="fp32", **options)
+    assert entries() == ()

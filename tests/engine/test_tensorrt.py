@@ -176,12 +176,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 def test_the_key_of_tensorrt_names_the_gpu(bundle: Bundle, fake: Callable[[str], None]) -> None:
     fake("11.4.0.106")
-    key = toolchains.TensorRT(bundle, "tensorrt", None, (), (1, 1), Options(refit=True)).key("denoiser")
+    toolchain = toolchains.TensorRT(bundle, "tensorrt", None, (), (1, 1), Options(refit=True))
+    key = toolchain.key(toolchain.jobs()[1])
+    assert key.component == "denoiser"
     assert (key.backend, key.backend_version) == ("tensorrt", "11.4.0.106")
     assert key.device == "NVIDIA H200, compute capability 9.0"
     assert key.flags == {"refit": "yes"}
-    plain = toolchains.TensorRT(bundle, "tensorrt", None, (), (1, 1), Options()).key("denoiser")
-    assert plain.flags == {}
+    plain = toolchains.TensorRT(bundle, "tensorrt", None, (), (1, 1), Options())
+    assert plain.key(plain.jobs()[1]).flags == {}
 
 
 def test_what_tensorrt_does_not_do(bundle: Bundle, fake: Callable[[str], None]) -> None:

@@ -19,10 +19,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from allaprima.bundle import BackendError, Bundle, Profile, RequestError
+from allaprima.bundle import BackendError, Bundle, EngineFile, Profile, RequestError
 from allaprima.runtime import Pipeline
 from allaprima.runtime.cuda import CudaMemory, Gpu, Graph
-from allaprima.runtime.sessions.tensorrt import Plan, TensorrtSession
+from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
 STREAM, CAPTURING = 7, 99
 NEED = {"text_encoder": 512, "denoiser": 1024, "vae_decoder": 4096}
@@ -200,12 +200,12 @@ def write_plan(
     folder: Path,
     *profiles: dict[str, tuple[int, int, int]],
     capturable: bool = True,
-) -> Plan:
+) -> EngineFile:
     path = folder / f"{role}-{len(list(folder.iterdir()))}.plan"
     graph = str(bundle.path(bundle.component(role).graph))
     plan = {"graph": graph, "profiles": profiles, "need": NEED[role], "capturable": capturable}
     path.write_text(json.dumps(plan))
-    return Plan(path, tuple(Profile(extents) for extents in profiles))
+    return EngineFile(path, tuple(Profile(extents) for extents in profiles))
 
 
 def sides(height: int, width: int) -> dict[str, tuple[int, int, int]]:
@@ -339,7 +339,7 @@ def test_plan_that_cannot_be_loaded(bundle: Bundle, tmp_path: Path) -> None:
     gpu = LazyGpu()
     path = tmp_path / "bad.plan"
     path.write_bytes(b"\x00")
-    plan = Plan(path, (Profile({"B": (1, 1, 1), **sides(8, 4)}),))
+    plan = EngineFile(path, (Profile({"B": (1, 1, 1), **sides(8, 4)}),))
     session = TensorrtSession([plan], bundle.component("vae_decoder"), gpu, make_module(gpu))
     block = session.memory.allocate(
         {"sample": ((1, 4, 8, 4), np.float32), "image": ((1, 64, 32, 3), np.uint8)}

@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 from numpy.typing import NDArray
 
-from allaprima.bundle import BackendError, Component, TensorSpec
+from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime import Session, backends, choose, decide, open_session
 from allaprima.runtime.memory import on_host
 from allaprima.runtime.sessions.fake import NumpySession
@@ -220,10 +220,15 @@ def test_precision_of_ort(tmp_path: Path) -> None:
 def test_engine_of_openvino(tmp_path: Path) -> None:
     """A compiled model that was exported is loaded without the graph."""
     engine = tmp_path / "small.blob"
-    compiled = compile_graph(write_graph(tmp_path), precision="fp32", threads=1)
+    compiled = compile_graph(write_graph(tmp_path), COMPONENT, precision="fp32", threads=1)
     engine.write_bytes(compiled.export_model().getvalue())
     opened = open_session(
-        tmp_path / "gone.onnx", COMPONENT, "openvino", precision="fp32", threads=1, engines=[engine]
+        tmp_path / "gone.onnx",
+        COMPONENT,
+        "openvino",
+        precision="fp32",
+        threads=1,
+        engines=[EngineFile(engine)],
     )
     buffers = make_buffers()
     opened.bind(on_host(buffers)).run()
