@@ -31,9 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="WxH,...",
         help="picture sizes, each compiled for itself (the model's own; with openvino two besides all)",
     )
-    parser.add_argument(
-        "--batch", metavar="N|N-M", help="pictures in a batch, from N to M (1)"
-    )
+    parser.add_argument("--batch", metavar="N|N-M", help="pictures in a batch, from N to M (1)")
     parser.add_argument(
         "--target",
         metavar="CC,...",

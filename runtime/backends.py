@@ -91,7 +91,7 @@ class _Entry:
     """Where a driver is: a module, or an object in one; the extra that installs it; what kind it is.
 
     `compiles`: for all shapes of a graph, on the machine that will run it; `fixes`: for one shape too.
-    `built_before`: it runs nothing else.
+    `built_before`: it runs nothing else. `asked_for`: "auto" never takes it.
     """
 
     driver: str
@@ -99,15 +99,18 @@ class _Entry:
     compiles: bool = False
     fixes: bool = False
     built_before: bool = False
+    asked_for: bool = False
 
 
 _SESSIONS = "allaprima.runtime.sessions."
 _ENTRIES = {
     "tensorrt": _Entry(_SESSIONS + "tensorrt_driver:TENSORRT", "tensorrt", built_before=True),
     "tensorrt-rtx": _Entry(_SESSIONS + "tensorrt_driver:TENSORRT_RTX", "tensorrt-rtx", built_before=True),
-    "ort-cuda": _Entry(_SESSIONS + "ort_cuda", "ort-gpu"),
+    "ort-cuda": _Entry(_SESSIONS + "ort_cuda:CUDA", "ort-gpu"),
     "openvino": _Entry(_SESSIONS + "openvino", "openvino", compiles=True, fixes=True),
     "ort": _Entry(_SESSIONS + "ort", "ort", compiles=True),
+    "ort-tensorrt": _Entry(_SESSIONS + "ort_cuda:TENSORRT", "ort-gpu", asked_for=True),
+    "ort-tensorrt-rtx": _Entry(_SESSIONS + "ort_cuda:TENSORRT_RTX", "tensorrt-rtx", asked_for=True),
 }
 """In the order in which "auto" tries them: the fastest first."""
 
@@ -132,6 +135,8 @@ def decide(bundle: Bundle | None = None) -> Decision:
     """
     passed = []
     for name, entry in _ENTRIES.items():
+        if entry.asked_for:
+            continue
         info = _probe(name)
         if not info.available:
             passed.append((name, info.reason))

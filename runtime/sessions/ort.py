@@ -133,8 +133,11 @@ def session_options(threads: int | None = None) -> Any:
     return options
 
 
-def open_graph(path: Path, component: Component, options: Any, providers: list[Any]) -> Any:
-    """An onnxruntime.InferenceSession with the tensors of the manifest. Raises BackendError."""
+def open_graph(path: Path, component: Component, options: Any, providers: list[Any] | None) -> Any:
+    """An onnxruntime.InferenceSession with the tensors of the manifest. Raises BackendError.
+
+    `providers` None leaves them to the options.
+    """
     import onnxruntime
 
     try:

@@ -1,9 +1,11 @@
-"""ONNX Runtime on an NVIDIA GPU: its CUDA provider, on our buffers, stream and graphs."""
+"""ONNX Runtime on an NVIDIA GPU: its CUDA and TensorRT providers, on our buffers, stream and graphs."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +15,127 @@ from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_tensors
 from allaprima.runtime.sessions.ort import bind_addresses, open_graph, session_options
 
-PROVIDER = "CUDAExecutionProvider"
+Options = dict[str, str]
 
 
-def version() -> str:
-    """The version of the driver package; whatever its import raises if it cannot be used."""
-    default_gpu()  # first, since it fails faster than onnxruntime is imported
-    import onnxruntime
+@dataclass(frozen=True)
+class OrtGpuDriver:
+    """See backends.Driver. One for each of ONNX Runtime's providers for NVIDIA GPUs.
 
-    if PROVIDER not in onnxruntime.get_available_providers():
-        raise BackendError(f"the installed onnxruntime {onnxruntime.__version__} is not the one for CUDA")
-    return str(onnxruntime.__version__)
+    `options` gives a provider's options for a GPU, with or without CUDA graphs. `plugin` is the package that
+    brings a provider which does not come with onnxruntime itself.
+    """
+
+    provider: str
+    options: Callable[[Gpu, bool], Options]
+    plugin: str = ""
+
+    def version(self) -> str:
+        """The version of onnxruntime; BackendError, or what its import raises, if it cannot be used."""
+        default_gpu()  # first, since it fails faster than onnxruntime is imported
+        import onnxruntime
+
+        if self.plugin:
+            self._register()
+        elif self.provider not in onnxruntime.get_available_providers():
+            raise BackendError(f"the installed onnxruntime {onnxruntime.__version__} has no {self.provider}")
+        return str(onnxruntime.__version__)
+
+    def precisions(self) -> tuple[str, ...]:
+        """What it can compute in, fastest first; a graph runs in the one it was exported in."""
+        return ("fp16", "bf16", "fp32")
+
+    def converts(self) -> bool:
+        """A graph runs only in the precision that it was exported in."""
+        return False
+
+    def device(self) -> str:
+        """The GPU's name and compute capability."""
+        return str(default_gpu().device)
+
+    def open_session(
+        self,
+        graph: Path,
+        component: Component,
+        *,
+        precision: str | None,
+        threads: int | None,
+        engines: Sequence[EngineFile],
+    ) -> OrtCudaSession:
+        """Load a graph; `backends.open_session` says the rest."""
+        if precision not in (None, component.precision):
+            raise BackendError(
+                f"onnxruntime runs a graph in the precision it was exported in, {component.precision}, not "
+                f"in {precision}: export with --precision {precision}"
+            )
+        return OrtCudaSession(graph, component, default_gpu(), self)
+
+    def open_graph(self, path: Path, component: Component, gpu: Gpu, *, graphs: bool) -> Any:
+        """An onnxruntime.InferenceSession, with the CPU for what the provider leaves if `graphs` is off."""
+        import onnxruntime
+
+        chosen, settings = self.options(gpu, graphs), session_options()
+        if self.plugin:
+            settings.add_provider_for_devices(self._register(), chosen)
+            return open_graph(path, component, settings, None)
+        onnxruntime.preload_dlls()
+        providers: list[Any] = [(self.provider, chosen)]
+        if not graphs:  # all nodes of a captured graph must be the provider's own
+            providers += [] if self is CUDA else [(CUDA.provider, _cuda(gpu, False))]
+            providers.append("CPUExecutionProvider")
+        return open_graph(path, component, settings, providers)
+
+    def _register(self) -> list[Any]:
+        """The GPUs that the plug-in offers. Raises BackendError."""
+        import onnxruntime
+
+        try:
+            plugin = importlib.import_module(self.plugin)
+            if self.provider not in {each.ep_name for each in onnxruntime.get_ep_devices()}:
+                onnxruntime.register_execution_provider_library(
+                    plugin.get_ep_name(), plugin.get_library_path()
+                )
+            found = [each for each in onnxruntime.get_ep_devices() if each.ep_name == self.provider]
+        except Exception as cause:  # a library that does not load fails in its own ways
+            raise BackendError(f"onnxruntime cannot load the plug-in {self.plugin}: {cause}") from cause
+        if not found:
+            raise BackendError(f"the plug-in {self.plugin} offers no GPU here")
+        return found
 
 
-def precisions() -> tuple[str, ...]:
-    """What it can compute in, fastest first; a graph runs in the one it was exported in."""
-    return ("fp16", "bf16", "fp32")
+def _cuda(gpu: Gpu, graphs: bool) -> Options:
+    return {
+        "device_id": "0",
+        "has_user_compute_stream": "1",
+        "user_compute_stream": str(gpu.stream),
+        "enable_cuda_graph": str(int(graphs)),
+        # Shapes change, and an exhaustive search for each of them takes seconds.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "cudnn_conv_use_max_workspace": "1",
+        "prefer_nhwc": "1",
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
 
 
-def converts() -> bool:
-    """A graph runs only in the precision that it was exported in."""
-    return False
+def _tensorrt(gpu: Gpu, graphs: bool) -> Options:
+    return {
+        "device_id": "0",
+        "has_user_compute_stream": "1",
+        "user_compute_stream": str(gpu.stream),
+        "trt_cuda_graph_enable": str(int(graphs)),
+    }
 
 
-def device() -> str:
-    """The GPU's name and compute capability."""
-    return str(default_gpu().device)
+def _rtx(gpu: Gpu, graphs: bool) -> Options:
+    return {"user_compute_stream": str(gpu.stream), "enable_cuda_graph": str(int(graphs))}
 
 
-def open_session(
-    graph: Path,
-    component: Component,
-    *,
-    precision: str | None,
-    threads: int | None,
-    engines: Sequence[EngineFile],
-) -> OrtCudaSession:
-    """Load a graph; `backends.open_session` says the rest."""
-    if precision not in (None, component.precision):
-        raise BackendError(
-            f"onnxruntime runs a graph in the precision it was exported in, {component.precision}, not in "
-            f"{precision}: export with --precision {precision}"
-        )
-    return OrtCudaSession(graph, component, default_gpu())
+CUDA = OrtGpuDriver("CUDAExecutionProvider", _cuda)
+TENSORRT = OrtGpuDriver("TensorrtExecutionProvider", _tensorrt)
+"""Compiles when a shape is first run, which takes minutes. Needs TensorRT 10."""
+TENSORRT_RTX = OrtGpuDriver("NvTensorRTRTXExecutionProvider", _rtx, "onnxruntime_ep_nv_tensorrt_rtx")
+"""Compiles when a shape is first run, which takes seconds."""
 
 
 class OrtCudaSession:
@@ -65,10 +145,7 @@ class OrtCudaSession:
     where ONNX Runtime can (`captures`); it cannot for graphs of which it places nodes on the CPU.
     """
 
-    def __init__(self, path: Path, component: Component, gpu: Gpu) -> None:
-        import onnxruntime
-
-        onnxruntime.preload_dlls()
+    def __init__(self, path: Path, component: Component, gpu: Gpu, driver: OrtGpuDriver) -> None:
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
@@ -77,26 +154,10 @@ class OrtCudaSession:
         self._gpu = gpu
         self._numbers = itertools.count()
         try:
-            self._session: Any = open_graph(path, component, session_options(), [self._provider()])
+            self._session: Any = driver.open_graph(path, component, gpu, graphs=True)
         except BackendError:
             self.captures = False
-            providers = [self._provider(), "CPUExecutionProvider"]
-            self._session = open_graph(path, component, session_options(), providers)
-
-    def _provider(self) -> tuple[str, dict[str, str]]:
-        options = {
-            "device_id": "0",
-            "has_user_compute_stream": "1",
-            "user_compute_stream": str(self._gpu.stream),
-            "enable_cuda_graph": str(int(self.captures)),
-            # Shapes change, and an exhaustive search for each of them takes seconds.
-            "cudnn_conv_algo_search": "HEURISTIC",
-            "cudnn_conv_use_max_workspace": "1",
-            "prefer_nhwc": "1",
-            "use_tf32": "0",
-            "arena_extend_strategy": "kSameAsRequested",
-        }
-        return PROVIDER, options
+            self._session = driver.open_graph(path, component, gpu, graphs=False)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OrtCudaBinding:
         """See Session.bind."""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 PROMPT = "a red circle above a blue square on a white background"
 SIZES = "128x128,192x128"
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda")
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +34,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     info = next(info for info in backends() if info.name == name)
     if not info.available:
         pytest.skip(f"{name}: {info.reason}")
-    if name != "ort-cuda":
+    if not name.startswith("ort"):
         build_bundle(open_bundle(resolve("shapes")), backend=name, sizes=parse_sizes(SIZES), batch=(1, 3))
     return name
 

@@ -5,6 +5,7 @@ copied, or reads what is not there yet, gets another picture. Engines are Tensor
 Runtime on the CPU, so pictures must be equal to the bit.
 """
 
+import ast
 import ctypes
 import gc
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+import allaprima.runtime.cuda
 from allaprima.bundle import BackendError, Bundle, EngineFile, Profile, RequestError
 from allaprima.runtime import Pipeline
 from allaprima.runtime.cuda import CudaMemory, Gpu, Graph
@@ -393,3 +395,28 @@ def test_no_gpu_says_so() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match=r"^no NVIDIA GPU works here: [^\n]+$"):
         Gpu()
+
+
+def test_cuda_core_has_what_we_use() -> None:
+    """Every attribute that runtime/cuda.py asks of cuda.core's objects exists."""
+    core, graph = pytest.importorskip("cuda.core"), pytest.importorskip("cuda.core.graph")
+    driver = pytest.importorskip("cuda.bindings.driver")
+    owners = {
+        "self._device": core.Device,
+        "device": core.Device,
+        "self._stream": core.Stream,
+        "Stream": core.Stream,
+        "buffer": core.Buffer,
+        "event": core.Event,
+        "builder": graph.GraphBuilder,
+        "graph": graph.Graph,
+        "self._driver": driver,
+    }
+    source = ast.parse(Path(allaprima.runtime.cuda.__file__).read_text(encoding="utf-8"))
+    used = {
+        (ast.unparse(node.value), node.attr)
+        for node in ast.walk(source)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in owners
+    }
+    assert {owner for owner, _ in used} == owners.keys()
+    assert [pair for pair in sorted(used) if not hasattr(owners[pair[0]], pair[1])] == []

@@ -261,7 +261,15 @@ def test_openvino_keeps_phases_exact(tmp_path: Path) -> None:
 
 def test_backends() -> None:
     infos = {info.name: info for info in backends()}
-    assert list(infos) == ["tensorrt", "tensorrt-rtx", "ort-cuda", "openvino", "ort"]
+    assert list(infos) == [
+        "tensorrt",
+        "tensorrt-rtx",
+        "ort-cuda",
+        "openvino",
+        "ort",
+        "ort-tensorrt",
+        "ort-tensorrt-rtx",
+    ]
     assert infos["openvino"].available
     assert infos["ort"].available
     for name, info in infos.items():
@@ -296,7 +304,7 @@ def test_absent_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, tensorrt, .*, openvino, ort"),
+        ({"backend": "cuda"}, "unknown backend 'cuda': choose from auto, tensorrt, .*, openvino, ort, ort-"),
         ({"precision": "int4"}, "unknown precision 'int4'"),
         ({"threads": 0}, "threads is 0"),
     ],
