@@ -7,7 +7,6 @@ module imports without a driver; `Gpu` is where one is needed.
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -202,13 +201,68 @@ class Gpu:
             ) from cause
 
 
-@functools.cache
-def default_gpu() -> Gpu:
-    """The first GPU, with the stream and scratch area that all sessions of the process share by default.
+_default: Gpu | None = None
 
-    Raises BackendError.
+
+def default_gpu() -> Gpu:
+    """The GPU with the stream and scratch area that all sessions of the process share.
+
+    The first of the machine, unless `use` named another. Raises BackendError.
     """
-    return Gpu()
+    global _default
+    if _default is None:
+        _default = Gpu()
+    return _default
+
+
+def use(gpu: Gpu) -> None:
+    """Make this the GPU of all sessions that are opened from now on, for a stream of one's own."""
+    global _default
+    _default = gpu
+
+
+def borrow(array: Any) -> Tensor:
+    """Somebody else's array on the GPU as a tensor to bind to a session: the same memory, kept while in use.
+
+    Args:
+        array: of torch, CuPy, PyCUDA or anything with `__cuda_array_interface__`, C-contiguous, in the
+            primary context. Work on it that is not on the session's stream must have been waited for.
+
+    Raises:
+        BackendError: it is no such array, or not contiguous.
+    """
+    found = getattr(array, "__cuda_array_interface__", None)
+    if not isinstance(found, dict):
+        raise BackendError(
+            f"{type(array).__name__} has no __cuda_array_interface__: hand in an array of the GPU"
+        )
+    shape, dtype = tuple(found["shape"]), np.dtype(found["typestr"])
+    host = np.empty(shape, dtype)  # for its shape and type; nothing is ever written to it
+    if found.get("strides") not in (None, host.strides):
+        raise BackendError(f"an array with strides {found['strides']}: hand in a C-contiguous one")
+    return Tensor(host, int(found["data"][0]), array)
+
+
+@dataclass(frozen=True)
+class Lent:
+    """A tensor on the GPU for others: `torch.as_tensor`, `cupy.asarray` and PyCUDA's kernels take it uncopied.
+
+    The stream in it is that on which the tensor is computed; who takes it waits for that.
+    """
+
+    tensor: Tensor
+    stream: int
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        array = self.tensor.array
+        return {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (self.tensor.address, False),
+            "version": 3,
+            "stream": self.stream,
+        }
 
 
 class CudaMemory:

@@ -23,7 +23,7 @@ import pytest
 import allaprima.runtime.cuda
 from allaprima.bundle import BackendError, Bundle, EngineFile, Profile, RequestError
 from allaprima.runtime import Pipeline
-from allaprima.runtime.cuda import CudaMemory, Gpu, Graph
+from allaprima.runtime.cuda import CudaMemory, Gpu, Graph, Lent, borrow, default_gpu, use
 from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
 STREAM, CAPTURING = 7, 99
@@ -420,3 +420,39 @@ def test_cuda_core_has_what_we_use() -> None:
     }
     assert {owner for owner, _ in used} == owners.keys()
     assert [pair for pair in sorted(used) if not hasattr(owners[pair[0]], pair[1])] == []
+
+
+def test_arrays_of_others(bundle: Bundle, tmp_path: Path) -> None:
+    """Lent by one library and borrowed by another: the session works in that memory, and keeps it."""
+    gpu = LazyGpu()
+    plan = write_plan(bundle, "vae_decoder", tmp_path, {"B": (1, 1, 1), **sides(8, 4)})
+    session = TensorrtSession([plan], bundle.component("vae_decoder"), gpu, make_module(gpu))
+    theirs = CudaMemory(gpu).allocate({"sample": ((1, 4, 8, 4), np.float32)})
+    theirs.tensors["sample"].array[...] = np.linspace(-1, 1, 128).reshape(1, 4, 8, 4)
+    theirs.push()
+    sample = borrow(Lent(theirs.tensors["sample"], STREAM))
+    assert sample.address == theirs.tensors["sample"].address
+    image = session.memory.allocate({"image": ((1, 64, 32, 3), np.uint8)})
+    binding = session.bind({"sample": sample, **image.tensors})
+    wanted = theirs.tensors["sample"].array.copy()
+    del theirs, sample
+    gc.collect()
+    binding.run()
+    image.pull()
+    pixels = np.round(np.clip(255 * (wanted[0, :3] / 2 + 0.5), 0, 255)).transpose(1, 2, 0)
+    assert np.array_equal(image.tensors["image"].array[0], pixels.repeat(8, 0).repeat(8, 1))
+
+
+def test_what_cannot_be_borrowed() -> None:
+    with pytest.raises(BackendError, match="ndarray has no __cuda_array_interface__"):
+        borrow(np.zeros(3))
+    interface = {"shape": (2, 3), "typestr": "<f4", "data": (4096, False), "strides": (4, 8), "version": 3}
+    with pytest.raises(BackendError, match=r"strides \(4, 8\): hand in a C-contiguous"):
+        borrow(SimpleNamespace(__cuda_array_interface__=interface))
+
+
+def test_a_gpu_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allaprima.runtime.cuda, "_default", None)
+    gpu = LazyGpu()
+    use(gpu)
+    assert default_gpu() is gpu
