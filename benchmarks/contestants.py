@@ -108,11 +108,17 @@ def open_tensorrt_rtx(bundle: Path, precision: str, settings: Settings) -> Paint
     return _open_built("tensorrt-rtx", bundle, precision, settings)
 
 
+def open_openvino_fixed(bundle: Path, precision: str, settings: Settings) -> Paint:
+    """Our runtime on OpenVINO, with engines for this size beside those for all."""
+    return _open_built("openvino", bundle, precision, settings)
+
+
 def _open_built(backend: str, bundle: Path, precision: str, settings: Settings) -> Paint:
     from allaprima.bundle import open_bundle
     from allaprima.engine import build_bundle
 
-    build_bundle(open_bundle(bundle), backend=backend, sizes=[(settings.width, settings.height)])
+    sizes = [(settings.width, settings.height)]
+    build_bundle(open_bundle(bundle), backend=backend, precision=precision, sizes=sizes)
     return _open_allaprima(backend, bundle, precision, settings)
 
 
@@ -186,6 +192,7 @@ CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
         Contestant("allaprima-openvino-bf16", "bf16", "fp16", open_openvino),
+        Contestant("allaprima-openvino-bf16-fixed", "bf16", "fp16", open_openvino_fixed),
         Contestant("allaprima-openvino-fp32", "fp32", "fp16", open_openvino),
         Contestant("allaprima-ort-fp32", "fp32", "fp32", open_ort),
         Contestant("allaprima-ort-fp16", "fp16", "fp16", open_ort),

@@ -22,11 +22,12 @@ from pathlib import Path
 from allaprima.benchmarks.checkpoints import SHAPES
 from allaprima.benchmarks.compare import PROMPT, export_bundles
 from allaprima.benchmarks.contestants import Model
+from allaprima.benchmarks.process import in_new_process
 from allaprima.benchmarks.report import RESULTS, stamp, table, write_result
 from allaprima.bundle import RequestError, open_bundle
 from allaprima.cli.machine import read_machine
 from allaprima.cli.output import show_bytes
-from allaprima.runtime import backends
+from allaprima.runtime.backends import backends, compiles
 
 DIFFUSERS = """
 import sys, torch, diffusers
@@ -75,9 +76,8 @@ def starters(model: Model, steps: int) -> list[Starter]:
     """Every backend that works here, and diffusers."""
     bundle = model.bundle("fp16")
     ours = [
-        Starter(f"allaprima-{info.name}", _ours("generate", str(bundle), PROMPT, info.name, steps))
-        for info in backends()
-        if info.available
+        Starter(f"allaprima-{name}", _ours("generate", str(bundle), PROMPT, name, steps))
+        for name in in_new_process(working)
     ]
     theirs = [
         Starter(
@@ -87,6 +87,13 @@ def starters(model: Model, steps: int) -> list[Starter]:
         for label, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
     ]
     return [*ours, *theirs]
+
+
+def working() -> list[str]:
+    """The backends that work here. To be asked in another process: a child's peak memory, as the system counts
+    it, begins with the size of its parent.
+    """
+    return [info.name for info in backends() if info.available]
 
 
 def _ours(verb: str, bundle: str, prompt: str, backend: str, steps: int) -> list[str]:
@@ -106,13 +113,16 @@ def measure(found: Sequence[Starter], rounds: int, folder: Path, cache: Path) ->
 
 def build_engines(found: Sequence[Starter], bundle: Path, cache: Path) -> None:
     """Fill the cache, so that what is measured is a warm start."""
-    from allaprima.engine import build_bundle
-    from allaprima.runtime.backends import compiles
-
     for starter in found:
         name = starter.name.removeprefix("allaprima-")
         if name != starter.name and compiles(name):
-            build_bundle(open_bundle(bundle), backend=name, cache=cache)
+            in_new_process(_build, bundle, name, cache)
+
+
+def _build(bundle: Path, backend: str, cache: Path) -> None:
+    from allaprima.engine import build_bundle
+
+    build_bundle(open_bundle(bundle), backend=backend, cache=cache)
 
 
 def tabulate(found: Sequence[Starter]) -> list[str]:

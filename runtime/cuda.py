@@ -245,7 +245,7 @@ def borrow(array: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Lent:
-    """A tensor on the GPU for others: `torch.as_tensor`, `cupy.asarray` and PyCUDA's kernels take it uncopied.
+    """A tensor on the GPU for `torch.as_tensor`, `cupy.asarray` and kernels of PyCUDA, which do not copy it.
 
     The stream in it is that on which the tensor is computed; who takes it waits for that.
     """

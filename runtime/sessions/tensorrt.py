@@ -14,6 +14,7 @@ from allaprima.runtime.sessions.tensorrt_api import (
     Context,
     Engine,
     RtxModule,
+    RtxRuntime,
     RtxRuntimeConfig,
     Runtime,
     TensorrtModule,
@@ -76,13 +77,32 @@ class TensorrtSession:
         """The engine of a plan, loaded if it is not. Raises BackendError with TensorRT's own words."""
         if path not in self._engines:
             self._log.clear()
-            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            plan = path.read_bytes()
+            engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
-                raise BackendError(f"{path} cannot be loaded: {self._log.words()}. Build it again")
+                why = self._diagnose(plan) or self._log.words()
+                raise BackendError(f"{path} cannot be loaded: {why}. Build it again")
             names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
             check_names([*self.inputs, *self.outputs], names, str(path))
             self._engines[path] = engine
         return self._engines[path]
+
+    def _diagnose(self, plan: bytes) -> str:
+        """What TensorRT-RTX has against a plan, from its header; "" if it is something else, or TensorRT."""
+        if not hasattr(self._module, "EngineInvalidityDiagnostics"):
+            return ""
+        module, runtime = cast(RtxModule, self._module), cast(RtxRuntime, self._runtime)
+        diagnostics = module.EngineInvalidityDiagnostics
+        _, found = runtime.get_engine_validity(plan[: runtime.engine_header_size])
+        words = {
+            diagnostics.MALFORMED_ENGINE: "it is damaged",
+            diagnostics.VERSION_MISMATCH: "it is of another version of TensorRT-RTX",
+            diagnostics.UNSUPPORTED_CC: "it was built for other compute capabilities than this GPU's",
+            diagnostics.OLD_CUDA_DRIVER: "the NVIDIA driver is too old for it",
+            diagnostics.OLD_CUDA_RUNTIME: "the CUDA runtime is too old for it",
+            diagnostics.INSUFFICIENT_GPU_MEMORY: "the GPU has too little memory for it",
+        }
+        return ", ".join(text for bit, text in words.items() if found & int(bit))
 
     def _context(self, path: Path, profile: int, tensors: Mapping[str, Tensor]) -> Context:
         """A context with profile, shapes and addresses in place, but no activation memory yet."""

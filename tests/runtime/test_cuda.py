@@ -24,6 +24,7 @@ import allaprima.runtime.cuda
 from allaprima.bundle import BackendError, Bundle, EngineFile, Profile, RequestError
 from allaprima.runtime import Pipeline
 from allaprima.runtime.cuda import CudaMemory, Gpu, Graph, Lent, borrow, default_gpu, use
+from allaprima.runtime.flavours import load
 from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
 STREAM, CAPTURING = 7, 99
@@ -456,3 +457,20 @@ def test_a_gpu_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = LazyGpu()
     use(gpu)
     assert default_gpu() is gpu
+
+
+def test_plan_that_tensorrt_rtx_refuses(bundle: Bundle, tmp_path: Path) -> None:
+    """The real library, which reads a plan's header without a GPU."""
+    try:
+        module = load("tensorrt-rtx")
+    except BackendError as cause:
+        pytest.skip(str(cause))
+    path = tmp_path / "bad.plan"
+    path.write_bytes(b"This is no plan at all. " * 20)
+    file = EngineFile(path, (Profile({"B": (1, 1, 1), **sides(8, 4)}),))
+    session = TensorrtSession([file], bundle.component("vae_decoder"), LazyGpu(), module)
+    block = session.memory.allocate(
+        {"sample": ((1, 4, 8, 4), np.float32), "image": ((1, 64, 32, 3), np.uint8)}
+    )
+    with pytest.raises(BackendError, match=r"bad\.plan cannot be loaded: it is damaged\. Build it again"):
+        session.bind(block.tensors)
