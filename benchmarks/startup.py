@@ -90,8 +90,10 @@ def starters(model: Model, steps: int) -> list[Starter]:
 
 
 def working() -> list[str]:
-    """The backends that work here. To be asked in another process: a child's peak memory, as the system counts
-    it, begins with the size of its parent.
+    """The backends that work here.
+
+    To be asked in another process: a child's peak memory, as the system counts it, begins with the size of its
+    parent.
     """
     return [info.name for info in backends() if info.available]
 
