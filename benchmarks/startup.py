@@ -92,8 +92,8 @@ def starters(model: Model, steps: int) -> list[Starter]:
 def working() -> list[str]:
     """The backends that work here.
 
-    To be asked in another process: a child's peak memory, as the system counts it, begins with the size of its
-    parent.
+    To be asked in another process: the peak memory of a child, as the system counts it, begins with its
+    parent's size.
     """
     return [info.name for info in backends() if info.available]
 
