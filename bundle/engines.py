@@ -130,15 +130,16 @@ def find_engine(key: EngineKey, cache: Path | None = None) -> Path | None:
 
 
 def matching_engines(
-    key: EngineKey, serves: Callable[[str], bool], cache: Path | None = None
+    key: EngineKey, wanted: Callable[[EngineKey], bool], cache: Path | None = None
 ) -> tuple[EngineFile, ...]:
     """All whole engines that differ from `key` in profiles and flags at most, newest first.
 
-    Their device need not be the key's: `serves` says whether an engine for a device, in its words, will do.
+    Their device need not be the key's: `wanted` says whether an engine with another device or profiles will
+    do. Only what is wanted is hashed, which takes a second or two for each gigabyte.
     """
     found = []
     for folder, engine in engines(cache):
-        if engine is None or not serves(engine.key.device):
+        if engine is None or not wanted(engine.key):
             continue
         same = replace(key, profiles=engine.key.profiles, flags=engine.key.flags, device=engine.key.device)
         if same == engine.key and find_engine(engine.key, cache):

@@ -255,13 +255,14 @@ def find_engines(
     """
     key, entry = key_of(bundle, component, backend, precision=precision), _ENTRIES[backend]
     if entry.built_before:
-        return matching_engines(key, cast(Loader, _driver(backend)).serves)
+        loader = cast(Loader, _driver(backend))
+        return matching_engines(key, lambda other: loader.serves(other.device))
     found = find_engine(key)
     general = () if found is None else (EngineFile(found),)
     if not entry.fixes:
         return general
-    fixed = matching_engines(key, lambda device: device == key.device)
-    return (*(file for file in fixed if file.profiles), *general)
+    fixed = matching_engines(key, lambda other: other.device == key.device and bool(other.profiles))
+    return (*fixed, *general)
 
 
 def _all_built(bundle: Bundle, backend: str) -> bool:

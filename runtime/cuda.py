@@ -221,50 +221,6 @@ def use(gpu: Gpu) -> None:
     _default = gpu
 
 
-def borrow(array: Any) -> Tensor:
-    """Somebody else's array on the GPU as a tensor to bind to a session: the same memory, kept while in use.
-
-    Args:
-        array: of torch, CuPy, PyCUDA or anything with `__cuda_array_interface__`, C-contiguous, in the
-            primary context. Work on it that is not on the session's stream must have been waited for.
-
-    Raises:
-        BackendError: it is no such array, or not contiguous.
-    """
-    found = getattr(array, "__cuda_array_interface__", None)
-    if not isinstance(found, dict):
-        raise BackendError(
-            f"{type(array).__name__} has no __cuda_array_interface__: hand in an array of the GPU"
-        )
-    shape, dtype = tuple(found["shape"]), np.dtype(found["typestr"])
-    host = np.empty(shape, dtype)  # for its shape and type; nothing is ever written to it
-    if found.get("strides") not in (None, host.strides):
-        raise BackendError(f"an array with strides {found['strides']}: hand in a C-contiguous one")
-    return Tensor(host, int(found["data"][0]), array)
-
-
-@dataclass(frozen=True)
-class Lent:
-    """A tensor on the GPU for `torch.as_tensor`, `cupy.asarray` and kernels of PyCUDA, which do not copy it.
-
-    The stream in it is that on which the tensor is computed; who takes it waits for that.
-    """
-
-    tensor: Tensor
-    stream: int
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        array = self.tensor.array
-        return {
-            "shape": array.shape,
-            "typestr": array.dtype.str,
-            "data": (self.tensor.address, False),
-            "version": 3,
-            "stream": self.stream,
-        }
-
-
 class CudaMemory:
     """The memory of a GPU: see `memory.Memory`."""
 

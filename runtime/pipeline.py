@@ -110,6 +110,14 @@ class Pipeline:
             self._text_encoder.close()
             self._denoiser = self._decoder = None
 
+    def unload(self) -> None:
+        """Let go of weights and buffers until the next picture. RequestError while one is painted."""
+        with self._exclusive():
+            for session in self._sessions.values():
+                session.unload()
+            self._text_encoder.close()
+            self._denoiser = self._decoder = None
+
     def __enter__(self) -> Self:
         return self
 

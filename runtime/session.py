@@ -54,6 +54,9 @@ class Session(Protocol):
         RequestError for shapes that no engine was built for.
         """
 
+    def unload(self) -> None:
+        """Let go of the weights until the next `bind`; bindings made before keep theirs while they exist."""
+
     def close(self) -> None:
         """Let go of the graph. Bindings made before keep what they need until they are dropped."""
 

@@ -35,6 +35,9 @@ class NumpySession:
         given = {name: tensors[name].array for name in self.inputs}
         return NumpyBinding(self._function, given, {name: tensors[name].array for name in self.outputs})
 
+    def unload(self) -> None:
+        """Nothing to do: see Session.unload."""
+
     def close(self) -> None:
         """See Session.close."""
         self._function = None

@@ -185,6 +185,10 @@ class OpenvinoSession:
             self._compiled[index] = compiled
         return self._compiled[index]
 
+    def unload(self) -> None:
+        """See Session.unload."""
+        self._compiled.clear()
+
     def close(self) -> None:
         """See Session.close."""
         self._models = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +93,45 @@ class OrtSession:
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
-        self._session: Any = open_graph(path, component, options, ["CPUExecutionProvider"])
+        self._opened = Reopened(lambda: open_graph(path, component, options, ["CPUExecutionProvider"]))
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OrtBinding:
         """See Session.bind."""
-        if self._session is None:
-            raise BackendError("the session is closed")
+        session = self._opened.get()
         check_tensors(self.inputs, self.outputs, tensors)
-        return OrtBinding(self._session, bind_addresses(self._session, self.inputs, tensors, "cpu"), tensors)
+        return OrtBinding(session, bind_addresses(session, self.inputs, tensors, "cpu"), tensors)
+
+    def unload(self) -> None:
+        """See Session.unload."""
+        self._opened.unload()
 
     def close(self) -> None:
         """See Session.close."""
+        self._opened.close()
+
+
+class Reopened:
+    """An onnxruntime.InferenceSession that is opened at once, and again when it is needed after `unload`."""
+
+    def __init__(self, opens: Callable[[], Any]) -> None:
+        self._opens: Callable[[], Any] | None = opens
+        self._session = opens()
+
+    def get(self) -> Any:
+        """The session. Raises BackendError after `close`, or if it cannot be opened again."""
+        if self._opens is None:
+            raise BackendError("the session is closed")
+        if self._session is None:
+            self._session = self._opens()
+        return self._session
+
+    def unload(self) -> None:
+        """Let go of it until it is needed."""
         self._session = None
+
+    def close(self) -> None:
+        """Let go of it for good."""
+        self._opens = self._session = None
 
 
 class OrtBinding:

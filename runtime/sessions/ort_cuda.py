@@ -13,7 +13,7 @@ from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
 from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_tensors
-from allaprima.runtime.sessions.ort import bind_addresses, open_graph, session_options
+from allaprima.runtime.sessions.ort import Reopened, bind_addresses, open_graph, session_options
 
 Options = dict[str, str]
 
@@ -153,24 +153,31 @@ class OrtCudaSession:
         self.captures = True
         self._gpu = gpu
         self._numbers = itertools.count()
-        try:
-            self._session: Any = driver.open_graph(path, component, gpu, graphs=True)
-        except BackendError:
-            self.captures = False
-            self._session = driver.open_graph(path, component, gpu, graphs=False)
+        self._opened = Reopened(lambda: self._open(path, component, driver))
+
+    def _open(self, path: Path, component: Component, driver: OrtGpuDriver) -> Any:
+        if self.captures:
+            try:
+                return driver.open_graph(path, component, self._gpu, graphs=True)
+            except BackendError:
+                self.captures = False
+        return driver.open_graph(path, component, self._gpu, graphs=False)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OrtCudaBinding:
         """See Session.bind."""
-        if self._session is None:
-            raise BackendError("the session is closed")
+        session = self._opened.get()
         check_tensors(self.inputs, self.outputs, tensors)
-        binding = bind_addresses(self._session, self.inputs, tensors, "cuda")
+        binding = bind_addresses(session, self.inputs, tensors, "cuda")
         number = next(self._numbers) if self.captures else -1
-        return OrtCudaBinding(self._session, binding, tensors, self._gpu, number)
+        return OrtCudaBinding(session, binding, tensors, self._gpu, number)
+
+    def unload(self) -> None:
+        """See Session.unload."""
+        self._opened.unload()
 
     def close(self) -> None:
         """See Session.close."""
-        self._session = None
+        self._opened.close()
 
 
 class OrtCudaBinding:

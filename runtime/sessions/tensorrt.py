@@ -59,6 +59,10 @@ class TensorrtSession:
                     return TensorrtBinding(context, tensors, self._gpu, self._log)
         raise self._unserved(extents)
 
+    def unload(self) -> None:
+        """See Session.unload."""
+        self._engines.clear()
+
     def close(self) -> None:
         """See Session.close."""
         self._plans = None

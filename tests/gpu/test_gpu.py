@@ -1,6 +1,8 @@
 """What only an NVIDIA GPU can tell. `make test-gpu` runs these; elsewhere they skip and say so."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,11 @@ from numpy.typing import NDArray
 
 from allaprima.bundle import BackendError, open_bundle, resolve
 from allaprima.engine import build_bundle, parse_sizes
+from allaprima.engine.verify import draw_inputs
 from allaprima.runtime import Pipeline, backends
 from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
+from allaprima.runtime.sessions.ort import open_graph, session_options
+from allaprima.runtime.sessions.ort_cuda import CUDA
 
 pytestmark = pytest.mark.gpu
 
@@ -147,3 +152,28 @@ def test_foreign_streams(gpu: Gpu) -> None:
     block.tensors["a"].array[...] = 0
     block.pull()
     assert (block.tensors["a"].array == 5).all()
+
+
+def test_onnxruntime_uses_its_fast_kernels(gpu: Gpu, tmp_path: Path) -> None:
+    """The profile of a step: all but shapes runs on the GPU, attention in one kernel, nothing is copied."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("the installed onnxruntime is not the one for CUDA")
+    bundle = open_bundle(resolve("shapes"))
+    component = bundle.component("denoiser")
+    options = session_options()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    chosen = [("CUDAExecutionProvider", CUDA.options(gpu, False)), "CPUExecutionProvider"]
+    session = open_graph(bundle.path(component.graph), component, options, chosen)
+    inputs = draw_inputs(component, {"B": 1, "G": 2, "H": 16, "W": 16}, 100)
+    for _ in range(3):
+        session.run(None, dict(inputs))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = [each["args"] for each in events if "op_name" in each.get("args", {})]
+    on_gpu = [each["op_name"] for each in nodes if each.get("provider") == "CUDAExecutionProvider"]
+    elsewhere = {each["op_name"] for each in nodes if each.get("provider") == "CPUExecutionProvider"}
+    assert {"Attention", "Conv", "GroupNormalization"} & elsewhere == set()
+    assert any("Attention" in name for name in on_gpu)
+    assert not [name for name in on_gpu if name.startswith("Memcpy")]

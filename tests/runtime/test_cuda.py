@@ -22,8 +22,9 @@ import pytest
 
 import allaprima.runtime.cuda
 from allaprima.bundle import BackendError, Bundle, EngineFile, Profile, RequestError
-from allaprima.runtime import Pipeline
-from allaprima.runtime.cuda import CudaMemory, Gpu, Graph, Lent, borrow, default_gpu, use
+from allaprima.runtime import Pipeline, exchange
+from allaprima.runtime.cuda import CudaMemory, Gpu, Graph, default_gpu, use
+from allaprima.runtime.exchange import Lent, borrow
 from allaprima.runtime.flavours import load
 from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
@@ -317,6 +318,18 @@ def test_memory_does_not_grow(bundle: Bundle, tmp_path: Path) -> None:
     assert gpu.used() == 0
 
 
+def test_unloaded(bundle: Bundle, tmp_path: Path) -> None:
+    gpu = LazyGpu()
+    request = {"num_inference_steps": 3, "height": 64, "width": 32, "seed": 1}
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        before = pixels(device.generate("a red circle", **request))
+        device.unload()
+        gpu.queue.clear()
+        gc.collect()
+        assert gpu.used() == gpu._scratch.size
+        assert pixels(device.generate("a red circle", **request)) == before
+
+
 def test_out_of_memory(bundle: Bundle, tmp_path: Path) -> None:
     gpu = LazyGpu(limit=60_000)
     with open_pipeline(bundle, gpu, tmp_path) as device:
@@ -431,7 +444,7 @@ def test_arrays_of_others(bundle: Bundle, tmp_path: Path) -> None:
     theirs = CudaMemory(gpu).allocate({"sample": ((1, 4, 8, 4), np.float32)})
     theirs.tensors["sample"].array[...] = np.linspace(-1, 1, 128).reshape(1, 4, 8, 4)
     theirs.push()
-    sample = borrow(Lent(theirs.tensors["sample"], STREAM))
+    sample = borrow(Lent(theirs.tensors["sample"], gpu))
     assert sample.address == theirs.tensors["sample"].address
     image = session.memory.allocate({"image": ((1, 64, 32, 3), np.uint8)})
     binding = session.bind({"sample": sample, **image.tensors})
@@ -444,9 +457,37 @@ def test_arrays_of_others(bundle: Bundle, tmp_path: Path) -> None:
     assert np.array_equal(image.tensors["image"].array[0], pixels.repeat(8, 0).repeat(8, 1))
 
 
+def test_lent_by_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy takes it, told that the made-up GPU is a CPU; it keeps the memory, and gives it back."""
+    monkeypatch.setattr(exchange, "_CUDA", 1)
+    gpu = LazyGpu()
+    block = CudaMemory(gpu).allocate({"a": ((3, 4), np.float32), "b": ((5,), np.int64)})
+    block.tensors["a"].array[...] = np.arange(12).reshape(3, 4)
+    block.push()
+    taken = np.from_dlpack(Lent(block.tensors["a"], gpu))
+    assert taken.ctypes.data == block.tensors["a"].address
+    assert np.array_equal(taken, np.arange(12).reshape(3, 4))
+    assert np.from_dlpack(Lent(block.tensors["b"], gpu)).dtype == np.int64
+    ignored = Lent(block.tensors["a"], gpu).__dlpack__()
+    assert len(exchange._LENT) == 2
+    del ignored
+    assert len(exchange._LENT) == 1
+    del block
+    gpu.queue.clear()
+    gc.collect()
+    assert len(gpu.alive) == 1
+    assert taken[2, 3] == 11
+    del taken
+    gc.collect()
+    assert not gpu.alive
+    assert not exchange._LENT
+
+
 def test_what_cannot_be_borrowed() -> None:
-    with pytest.raises(BackendError, match="ndarray has no __cuda_array_interface__"):
+    with pytest.raises(BackendError, match="ndarray is not on the GPU"):
         borrow(np.zeros(3))
+    with pytest.raises(BackendError, match="list has neither __cuda_array_interface__ nor __dlpack__"):
+        borrow([1, 2])
     interface = {"shape": (2, 3), "typestr": "<f4", "data": (4096, False), "strides": (4, 8), "version": 3}
     with pytest.raises(BackendError, match=r"strides \(4, 8\): hand in a C-contiguous"):
         borrow(SimpleNamespace(__cuda_array_interface__=interface))

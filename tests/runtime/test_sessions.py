@@ -180,6 +180,22 @@ def test_overlap(session: Session) -> None:
         session.bind(on_host(buffers))
 
 
+def test_unloaded(session: Session) -> None:
+    """Old bindings go on, new ones load again."""
+    before, after = make_buffers(), make_buffers(3, 4, 5)
+    binding = session.bind(on_host(before))
+    session.unload()
+    session.unload()
+    binding.run()
+    session.bind(on_host(after)).run()
+    assert is_right(before)
+    assert is_right(after)
+    session.close()
+    session.unload()
+    with pytest.raises(BackendError, match="closed"):
+        session.bind(on_host(make_buffers()))
+
+
 def test_closed(session: Session) -> None:
     session.close()
     session.close()
