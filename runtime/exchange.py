@@ -117,18 +117,19 @@ _LENT: dict[int, tuple[_DLManagedTensor, Tensor]] = {}
 """What is lent by DLPack, by the address of its description, until it is given back."""
 
 
-@_Deleter
-def _delete(address: int) -> None:
+def _give_back(address: int) -> None:
     _LENT.pop(address, None)
 
 
-@_Destructor
-def _destroy(capsule: int) -> None:
+def _drop(capsule: int) -> None:
     """Of a capsule that nobody took: one that was taken has another name."""
     if ctypes.pythonapi.PyCapsule_IsValid(ctypes.c_void_p(capsule), b"dltensor"):
         get = ctypes.pythonapi.PyCapsule_GetPointer
         get.restype = ctypes.c_void_p
         _LENT.pop(get(ctypes.c_void_p(capsule), b"dltensor"), None)
+
+
+_delete, _destroy = _Deleter(_give_back), _Destructor(_drop)
 
 
 def _new_capsule(address: int, name: bytes, destructor: Any) -> Any:

@@ -48,7 +48,7 @@ LAYERS = {
     "models": Layer(ALL, None),
 }
 DRIVERS: dict[str, tuple[str, ...]] = {
-    "cuda": ("runtime/cuda.py",),
+    "cuda": ("runtime/cuda.py", "runtime/exchange.py"),
     # Export may not import the runtime, so its check against torch opens graphs itself.
     "onnxruntime": ("runtime/sessions/ort.py", "runtime/sessions/ort_cuda.py", "export/parity.py"),
     "openvino": ("runtime/sessions/openvino.py",),
