@@ -169,7 +169,7 @@ def compiles(backend: str) -> bool:
 
 
 def fixes(backend: str) -> bool:
-    """Whether a backend that compiles also does so for one shape alone, which is faster for that."""
+    """Whether a backend that compiles also does so for one shape alone, which may be faster for that."""
     return _ENTRIES[backend].fixes
 
 
