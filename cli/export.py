@@ -12,13 +12,24 @@ from allaprima.cli.output import add_quiet, progress_bar, show_bytes
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "source", metavar="CHECKPOINT", help="a diffusers folder, or the id of a model on the hub"
+        "source", metavar="CHECKPOINT", help="a diffusers folder, a .safetensors file, or a hub id"
     )
     parser.add_argument("target", metavar="BUNDLE", help="the folder to write")
     parser.add_argument(
         "--precision", choices=("fp16", "fp32", "bf16"), default="fp16", help="of the weights (default: fp16)"
     )
     parser.add_argument("--name", help="the bundle's name (default: the folder's)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="of a single file: CLIP's tokenizer (default: from the hub)"
+    )
+    parser.add_argument(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        help="of a single file: what the model predicts (default: epsilon for 1.x, v_prediction for 2.x)",
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="open a .ckpt, if you trust where it comes from"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 
@@ -26,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and say what came out."""
     try:
-        from allaprima.export import export_checkpoint
+        from allaprima.export import SingleFile, export_checkpoint
     except ModuleNotFoundError as error:
         raise ExportError(
             f'export needs {error.name}, which is not installed: pip install "allaprima[export]"'
@@ -39,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
             precision=options.precision,
             name=options.name,
             overwrite=options.force,
+            single=SingleFile(options.tokenizer, options.prediction, options.allow_pickle),
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:

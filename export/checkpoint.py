@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import torch
 from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest
 from allaprima.export import parity
 from allaprima.export.graph import GraphPlan, write_graph
-from allaprima.export.source import open_checkpoint
+from allaprima.export.single_file import SingleFile, unpack
+from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import HISTORY, Family, read_family, write_tokenizer
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,17 +38,19 @@ def export_checkpoint(
     precision: str = "fp16",
     name: str | None = None,
     overwrite: bool = False,
+    single: SingleFile | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a Stable Diffusion 1.x/2.x checkpoint to a bundle.
 
     Args:
-        source: a diffusers folder, or a hub id.
+        source: a diffusers folder, a hub id, or a single file in the original layout.
         target: the bundle's folder; it appears when everything in it is written and checked, or not at all.
         precision: of the weights and of the networks' arithmetic, "fp16", "fp32" or "bf16"; graph edges are
             float32.
         name: what the bundle calls itself; by default the target's folder name.
         overwrite: replace an existing bundle.
+        single: what a single file does not say; None is the usual.
         progress: called before each stage.
 
     Raises:
@@ -54,7 +59,19 @@ def export_checkpoint(
     """
     if precision not in DTYPES:
         raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
-    family = read_family(open_checkpoint(source))
+    with opened(source, single or SingleFile()) as checkpoint:
+        family = read_family(checkpoint)
+        return _export(family, target, precision, name, overwrite, progress)
+
+
+def _export(
+    family: Family,
+    target: Path,
+    precision: str,
+    name: str | None,
+    overwrite: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Bundle:
     plans = family.plans(DTYPES[precision])
     stages = _Stages(progress, 3 * len(plans) + 1)
     with BundleWriter(target, overwrite=overwrite) as writer:
@@ -65,6 +82,18 @@ def export_checkpoint(
         }
         stages.enter("seal")
         return writer.commit(_manifest(family, name or Path(target).resolve().name, precision, components))
+
+
+@contextmanager
+def opened(source: str, single: SingleFile) -> Iterator[Checkpoint]:
+    """The checkpoint at `source`; a single file is unpacked into a folder that goes when the context ends."""
+    file = Path(source).expanduser()
+    if not file.is_file():
+        yield open_checkpoint(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="allaprima-") as folder:
+        unpack(file, Path(folder), single)
+        yield open_checkpoint(folder)
 
 
 class _Stages:

@@ -86,10 +86,6 @@ def open_checkpoint(source: str) -> Checkpoint:
     folder = Path(source).expanduser()
     if not folder.exists() and _HUB_ID.fullmatch(source):
         folder = _download(source)
-    if folder.is_file():
-        raise ExportError(
-            f"'{source}' is a file: single-file checkpoints are not supported yet, convert it to a folder"
-        )
     if not folder.is_dir():
         raise ExportError(
             f"'{source}' does not exist: name a diffusers folder or a hub id such as owner/model"

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from allaprima.bundle import ExportError
+from allaprima.export import export_checkpoint
 from allaprima.export.source import open_checkpoint
 from allaprima.export.stable_diffusion import Family, read_family
 
@@ -137,7 +138,9 @@ def test_what_is_downloaded(offline: list[dict[str, Any]]) -> None:
 
 def test_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refuse(tmp_path / "model.safetensors", "is a file: single-file checkpoints are not supported yet")
+    with pytest.raises(ExportError, match="cannot be read as safetensors"):
+        export_checkpoint(str(tmp_path / "model.safetensors"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_index(tmp_path: Path) -> None:
