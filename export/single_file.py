@@ -190,7 +190,7 @@ def _unet(weights: Weights, release: Release) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if each else "DownBlock2D" for each in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if each else "UpBlock2D" for each in reversed(attends)],
         "cross_attention_dim": weights[keys[0]].shape[1],
-        "attention_head_dim": release.heads or [each // 64 for each in channels],
+        "attention_head_dim": release.heads or [max(1, each // 64) for each in channels],
         "use_linear_projection": len(_shape(weights, f"{first}.proj_in.weight")) == 2,
         "norm_num_groups": 32,
     }
@@ -266,12 +266,16 @@ def _map_vae(weights: Weights, config: Mapping[str, Any]) -> Weights:
 def _map_text_encoder(weights: Weights, config: Mapping[str, Any]) -> Weights:
     from diffusers.loaders import single_file_utils as maps
 
-    if any(name.startswith(CLIP) for name in weights):
-        mapped: Weights = maps.convert_ldm_clip_checkpoint(dict(weights))
-        return mapped
     model = _empty("text_encoder", config)
-    converted: Weights = maps.convert_open_clip_checkpoint(model, dict(weights), prefix=OPEN_CLIP)
-    return converted
+    if any(name.startswith(CLIP) for name in weights):
+        mapped = maps.convert_ldm_clip_checkpoint(dict(weights))
+    else:
+        mapped = maps.convert_open_clip_checkpoint(model, dict(weights), prefix=OPEN_CLIP)
+    # Since transformers 5 the model's own names have no such prefix.
+    prefix = "" if any(name.startswith("text_model.") for name in model.state_dict()) else "text_model."
+    unused = f"encoder.layers.{config['num_hidden_layers']}."
+    named = {name.removeprefix(prefix): value for name, value in mapped.items()}
+    return {name: value for name, value in named.items() if unused not in name}
 
 
 def _empty(part: str, config: Mapping[str, Any]) -> Any:

@@ -5,11 +5,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from allaprima.bundle import Bundle, open_bundle
+
+
+class SingleFile(NamedTuple):
+    """Of allaprima.export."""
+
+    tokenizer: str | None
+    prediction: str | None
+    allow_pickle: bool
+
 
 Allaprima = Callable[..., SimpleNamespace]
 WriteBundle = Callable[..., Path]
@@ -29,6 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, write_bundle: WriteBundle) -> dict[st
 
     module = ModuleType("allaprima.export")
     module.__dict__["export_checkpoint"] = export_checkpoint
+    module.__dict__["SingleFile"] = SingleFile
     monkeypatch.setitem(sys.modules, "allaprima.export", module)
     return asked
 
@@ -42,6 +52,7 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
         "precision": "fp16",
         "name": None,
         "overwrite": False,
+        "single": SingleFile(None, None, False),
     }
     assert outcome.out == f"{target}: tiny, fp16, 7.0 kB in 3 files\n"
     refused = allaprima("export", "models/x", str(target))
@@ -50,10 +61,12 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_every_option(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> None:
-    words = ("--precision", "bf16", "--name", "red", "--force", "--quiet")
+    words = ("--precision", "bf16", "--name", "red", "--force", "--quiet", "--allow-pickle")
+    words += ("--tokenizer", "clip", "--prediction", "v_prediction")
     outcome = allaprima("export", "hub/id", str(tmp_path / "out"), *words)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert (asked["precision"], asked["name"], asked["overwrite"]) == ("bf16", "red", True)
+    assert asked["single"] == SingleFile("clip", "v_prediction", True)
 
 
 def test_precision_is_one_of_three(allaprima: Allaprima, asked: dict[str, Any]) -> None:
