@@ -34,6 +34,7 @@ from allaprima.bundle.manifest import (
     TokenizerSpec,
 )
 from allaprima.bundle.profiles import Profile, nearest
+from allaprima.bundle.record import Record
 from allaprima.bundle.store import (
     Bundle,
     BundleWriter,
@@ -65,6 +66,7 @@ __all__ = [
     "Manifest",
     "Parity",
     "Profile",
+    "Record",
     "RequestError",
     "TensorSpec",
     "TokenizerSpec",

@@ -55,6 +55,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="picture.png",
         help="numbered if there are several (picture.png)",
     )
+    parser.add_argument(
+        "--no-safety-checker", action="store_true", help="do not let the model's safety checker look"
+    )
     add_json(parser)
     add_quiet(parser)
 
@@ -69,7 +72,11 @@ def run(options: argparse.Namespace) -> None:
     width, height = options.size
     with (
         Pipeline.open(
-            options.bundle, backend=options.backend, precision=options.precision, threads=options.threads
+            options.bundle,
+            backend=options.backend,
+            precision=options.precision,
+            threads=options.threads,
+            safety_checker=not options.no_safety_checker,
         ) as pipeline,
         progress_bar(quiet=options.quiet) as report,
     ):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest
-from allaprima.export import parity
+from allaprima.export import parity, safety
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
@@ -76,6 +76,8 @@ def _export(
     stages = _Stages(progress, 3 * len(plans) + 1)
     with BundleWriter(target, overwrite=overwrite) as writer:
         write_tokenizer(family.checkpoint, writer.folder / family.tokenizer.file)
+        if safety.PART in plans:
+            safety.write_settings(family.checkpoint, writer.folder / safety.PART / "settings.json")
         components = {
             part: _export_component(make, part, precision, family, writer.folder, stages)
             for part, make in plans.items()

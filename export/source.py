@@ -17,7 +17,7 @@ from allaprima.export.reason import reason
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"
-_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+_PARTS = (*("feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,13 @@ def _model_class(part: str, name: str) -> Any:
     """The class of a part, if it is one of those that the exporter knows."""
     import diffusers
     import transformers
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     known = {
         ("text_encoder", "CLIPTextModel"): transformers.CLIPTextModel,
         ("unet", "UNet2DConditionModel"): diffusers.UNet2DConditionModel,
         ("vae", "AutoencoderKL"): diffusers.AutoencoderKL,
+        ("safety_checker", "StableDiffusionSafetyChecker"): StableDiffusionSafetyChecker,
     }
     if (part, name) not in known:
         wanted = ", ".join(kind for place, kind in known if place == part)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from allaprima.bundle import Defaults, ExportError, Latent, TensorSpec, TokenizerSpec
+from allaprima.export import safety
 from allaprima.export.denoiser import Denoiser
 from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
 from allaprima.export.graph import GraphPlan
@@ -35,12 +36,15 @@ class Family:
 
     def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
         """One late plan per component, so that only one component's weights are in memory at a time."""
-        return {
+        plans = {
             "text_encoder": lambda: self._text_encoder(dtype),
             "denoiser": lambda: self._denoiser(dtype),
             "vae_decoder": lambda: self._vae_decoder(dtype),
             "vae_encoder": lambda: self._vae_encoder(dtype),
         }
+        if safety.has_safety_checker(self.checkpoint):
+            plans[safety.PART] = lambda: safety.plan(self.checkpoint, dtype)
+        return plans
 
     def _text_encoder(self, dtype: torch.dtype) -> GraphPlan:
         length = self.tokenizer.length

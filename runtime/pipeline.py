@@ -27,6 +27,8 @@ from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
+from allaprima.runtime.safety import COMPONENT as SAFETY
+from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table
 from allaprima.runtime.session import Session
 from allaprima.runtime.stages import Decoder, Denoiser, TextEncoder
@@ -60,6 +62,7 @@ class Pipeline:
         self.precision = sessions["denoiser"].precision
         self._sessions = dict(sessions)
         self._text_encoder = TextEncoder(sessions["text_encoder"], Tokenizer(bundle))
+        self._safety: SafetyChecker | None = None
         self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
         self._decoder: tuple[object, Decoder] | None = None
         self._busy = threading.Lock()
@@ -73,12 +76,14 @@ class Pipeline:
         precision: str | None = None,
         threads: int | None = None,
         verify: bool = False,
+        safety_checker: bool = True,
     ) -> Self:
         """Open a bundle's folder, or a built-in bundle by its name.
 
         `backend` "auto" is the best there is, `precision` None the fastest it has on this machine, `threads`
         None its own choice; `verify` also checks the sha256 of every file. Graphs that were built for this
-        machine before (`allaprima build`) come from the engine cache, the others are compiled now.
+        machine before (`allaprima build`) come from the engine cache, the others are compiled now. If the
+        bundle has a safety checker, it looks at every picture; `safety_checker` False switches it off.
 
         Raises BundleError or BackendError.
         """
@@ -86,7 +91,8 @@ class Pipeline:
         name = choose(backend, opened)
         with ExitStack() as undo:
             sessions = {}
-            for role in COMPONENTS:
+            watched = safety_checker and SAFETY in opened.manifest.components
+            for role in (*COMPONENTS, SAFETY) if watched else COMPONENTS:
                 component = opened.component(role)
                 sessions[role] = open_session(
                     opened.path(component.graph),
@@ -108,7 +114,7 @@ class Pipeline:
                 session.close()
             self._sessions.clear()
             self._text_encoder.close()
-            self._denoiser = self._decoder = None
+            self._denoiser = self._decoder = self._safety = None
 
     def unload(self) -> None:
         """Let go of weights and buffers until the next picture. RequestError while one is painted."""
@@ -116,7 +122,7 @@ class Pipeline:
             for session in self._sessions.values():
                 session.unload()
             self._text_encoder.close()
-            self._denoiser = self._decoder = None
+            self._denoiser = self._decoder = self._safety = None
 
     def __enter__(self) -> Self:
         return self
@@ -186,13 +192,18 @@ class Pipeline:
             _denoise(denoiser, table, streams, callback)
             self._check_finite(denoiser)
             marks.append(perf_counter())
-            images = self._decode(denoiser, settings, callback)
+            images, flagged = self._check_safety(self._decode(denoiser, settings, callback))
             marks.append(perf_counter())
         stages = ("encode", "denoise", "decode")
         timings = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
         timings["total"] = marks[-1] - marks[0]
         parameters = tuple(self._describe(settings, table, index) for index in range(len(images)))
-        return Result(images, parameters, timings, warnings)
+        warnings += tuple(
+            f"picture {index + 1} was flagged by the model's safety checker and is blurred"
+            for index, each in enumerate(flagged or ())
+            if each
+        )
+        return Result(images, parameters, timings, warnings, flagged)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -267,6 +278,18 @@ class Pipeline:
             images.append(Image.fromarray(decoder.decode(denoiser.lane(lane)).copy()))
             _tell(callback, "decode", len(images), settings.num_images, denoiser)
         return tuple(images)
+
+    def _check_safety(
+        self, images: tuple[Image.Image, ...]
+    ) -> tuple[tuple[Image.Image, ...], tuple[bool, ...] | None]:
+        """The pictures, flagged ones blurred, and which those are; None where nobody looks."""
+        if SAFETY not in self._sessions:
+            return images, None
+        if self._safety is None:
+            self._safety = SafetyChecker(self.bundle, self._sessions[SAFETY])
+        flagged = tuple(self._safety.flags(image) for image in images)
+        shown = (blurred(image) if bad else image for image, bad in zip(images, flagged, strict=True))
+        return tuple(shown), flagged
 
     def _describe(self, settings: Settings, table: Table, index: int) -> Parameters:
         fields = asdict(settings)

@@ -51,10 +51,12 @@ class Result:
     """The pictures of one request.
 
     `parameters[i]` belongs to `images[i]`. `timings` holds seconds for each stage and "total". `warnings`
-    are sentences for the user, such as the part of a prompt that was too long.
+    are sentences for the user, such as the part of a prompt that was too long. `flagged` says which pictures
+    the model's safety checker flagged, and so are blurred; None if there is none, or it is switched off.
     """
 
     images: tuple[Image, ...]
     parameters: tuple[Parameters, ...]
     timings: Mapping[str, float]
     warnings: tuple[str, ...]
+    flagged: tuple[bool, ...] | None = None

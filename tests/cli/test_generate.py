@@ -71,7 +71,13 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
     outcome = allaprima("generate", "a red circle", "--seed", "7")
     assert outcome.code == 0
     assert outcome.out == "picture.png  seed 7\n1.25 s on ort in fp32\n"
-    assert easel.opened == {"bundle": "shapes", "backend": "auto", "precision": None, "threads": None}
+    assert easel.opened == {
+        "bundle": "shapes",
+        "backend": "auto",
+        "precision": None,
+        "threads": None,
+        "safety_checker": True,
+    }
     assert easel.asked == {
         "prompt": "a red circle",
         "negative_prompt": "",
@@ -90,10 +96,16 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
 def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -> None:
     words = ["--steps", "9", "--guidance", "2.5", "--sampler", "Euler a", "--seed", "3", "--size", "768x512"]
     words += ["--eta", "0.5", "--negative-prompt", "blur", "-n", "2", "-o", "out.webp"]
-    words += ["--backend", "ort", "--precision", "fp32", "--threads", "2"]
+    words += ["--backend", "ort", "--precision", "fp32", "--threads", "2", "--no-safety-checker"]
     outcome = allaprima("generate", "my bundle", *words, "a cat")
     assert outcome.code == 0
-    assert easel.opened == {"bundle": "my bundle", "backend": "ort", "precision": "fp32", "threads": 2}
+    assert easel.opened == {
+        "bundle": "my bundle",
+        "backend": "ort",
+        "precision": "fp32",
+        "threads": 2,
+        "safety_checker": False,
+    }
     assert easel.asked == {
         "prompt": "a cat",
         "negative_prompt": "blur",

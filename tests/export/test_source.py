@@ -106,13 +106,15 @@ def test_a_hub_id_without_a_network(offline: list[dict[str, Any]]) -> None:
 
 
 def test_what_is_downloaded(offline: list[dict[str, Any]]) -> None:
-    """Not the gigabytes beside it: other precisions, single files, pickles, a safety checker."""
+    """Not the gigabytes beside it: other precisions, single files, pickles."""
     with pytest.raises(ExportError):
         open_checkpoint("owner/model")
     (asked,) = offline
     wanted = [
         "model_index.json",
         "generation_config.json",
+        "feature_extractor/preprocessor_config.json",
+        "safety_checker/model.safetensors",
         "scheduler/scheduler_config.json",
         "text_encoder/model.safetensors",
         "tokenizer/merges.txt",
@@ -122,7 +124,6 @@ def test_what_is_downloaded(offline: list[dict[str, Any]]) -> None:
     ]
     unwanted = [
         "v1-5-pruned-emaonly.safetensors",
-        "safety_checker/model.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "unet/diffusion_pytorch_model.non_ema.safetensors",
         "unet/diffusion_pytorch_model.bin",

@@ -1,0 +1,88 @@
+"""Which pictures a checkpoint's safety checker flags, and what is shown in their place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from allaprima.bundle import Bundle, BundleError, Record
+from allaprima.runtime.session import Session
+
+COMPONENT = "safety_checker"
+FILE = f"{COMPONENT}/settings.json"
+
+
+@dataclass(frozen=True)
+class SafetySettings(Record):
+    """How pictures are prepared (`size` in pixels, `mean` and `std` per channel); a threshold per concept."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    special: tuple[float, ...]
+    concepts: tuple[float, ...]
+
+
+class SafetyChecker:
+    """A session of the component safety_checker with its settings."""
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        """Raises BundleError if the bundle's settings cannot be read."""
+        try:
+            text = bundle.path(FILE).read_text(encoding="utf-8")
+            self._settings = SafetySettings.from_json(json.loads(text))
+        except (OSError, ValueError) as cause:
+            raise BundleError(f"the settings of the safety checker cannot be read: {cause}") from cause
+        settings, memory = self._settings, session.memory
+        size = settings.size
+        self._input = memory.allocate({"clip_input": ((1, 3, size, size), np.float32)})
+        self._outputs = memory.allocate(
+            {
+                "special": ((1, len(settings.special)), np.float32),
+                "concepts": ((1, len(settings.concepts)), np.float32),
+            }
+        )
+        self._binding = session.bind({**self._input.tensors, **self._outputs.tensors})
+
+    def flags(self, image: Image.Image) -> bool:
+        """Whether an RGB picture shows one of the concepts. Raises BackendError."""
+        self._input.tensors["clip_input"].array[0] = prepare(image, self._settings)
+        self._input.push()
+        self._binding.run()
+        self._outputs.pull()
+        special, concepts = (self._outputs.tensors[name].array[0] for name in ("special", "concepts"))
+        return is_flagged(special, concepts, self._settings)
+
+
+def prepare(image: Image.Image, settings: SafetySettings) -> NDArray[np.float32]:
+    """What CLIP's image encoder takes, [3,size,size]: resized by the short side, the middle, normalised."""
+    size, short = settings.size, min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    cropped = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32)
+    mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
+    return ((cropped / 255 - mean) / std).transpose(2, 0, 1).astype(np.float32)
+
+
+def is_flagged(special: NDArray[np.float32], concepts: NDArray[np.float32], settings: SafetySettings) -> bool:
+    """The decision of StableDiffusionSafetyChecker, from the cosines with its two lists of concepts.
+
+    Scores are rounded to three decimals. A special concept flags nothing, but lowers all later thresholds by
+    0.01, those of the special concepts after it included.
+    """
+    lower = np.float32(0)
+    for margin in special - np.array(settings.special, np.float32):
+        if np.rint((margin + lower) * 1000) > 0:
+            lower = np.float32(0.01)
+    margins = concepts - np.array(settings.concepts, np.float32) + lower
+    return bool((np.rint(margins * 1000) > 0).any())
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    """The picture, so far out of focus that only its colours can be told."""
+    return image.filter(ImageFilter.GaussianBlur(max(image.size) / 12))
