@@ -55,7 +55,7 @@ class Family:
 
     def _denoiser(self, dtype: torch.dtype) -> GraphPlan:
         channels, factor = self.latent.channels, self.latent.multiple // self.latent.downscale
-        length, width = self.tokenizer.length, self.text_width
+        width = self.text_width
         image = ("B", channels, "H", "W")
         shapes: dict[str, tuple[int | str, ...]] = {
             "sample": image,
@@ -67,12 +67,13 @@ class Family:
             "to_prediction": ("B", 2),
             "bounds": ("B",),
             "update": ("B", 3 + HISTORY),
-            "encoder_hidden_states": ("G*B", length, width),
+            "encoder_hidden_states": ("G*B", "L", width),
         }
         specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
         # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.
         sizes = {"B": 3, "G": 2, "G*B": 6, "H": 5 * factor, "W": 7 * factor}
-        dims: dict[str, Any] = {"B": "B", "G": "G", "G*B": "GB"}
+        sizes["L"] = 2 * self.tokenizer.length  # a prompt is one chunk or more, one after the other
+        dims: dict[str, Any] = {"B": "B", "G": "G", "G*B": "GB", "L": "L"}
         dims |= {axis: factor * torch.export.Dim(axis.lower(), min=1, max=4096) for axis in ("H", "W")}
         return GraphPlan(
             name="denoiser",

@@ -27,6 +27,8 @@ class Settings:
     width: int
     num_images: int
     eta: float
+    long_prompts: bool = False
+    prompt_weights: bool = False
 
     @property
     def branches(self) -> int:
@@ -36,7 +38,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for; None takes the bundle's default, a seed of None a random one of 32 bits."""
+    """What a user asks for; None takes the bundle's default, a seed of None a random one of 32 bits.
+
+    `long_prompts` keeps what does not fit into one text encoder input, in further chunks; `prompt_weights`
+    reads `(word:1.3)` and the like as weights (see `allaprima.runtime.prompts`).
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -48,6 +54,8 @@ class Request:
     width: int | None = None
     num_images: int = 1
     eta: float = 0.0
+    long_prompts: bool = False
+    prompt_weights: bool = False
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -74,12 +82,20 @@ class Request:
             width=_side("width", defaults.width if self.width is None else self.width, manifest.latent),
             num_images=count,
             eta=_eta(self.eta),
+            long_prompts=_flag("long_prompts", self.long_prompts),
+            prompt_weights=_flag("prompt_weights", self.prompt_weights),
         )
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{name} is {value!r}: it should be a text")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}: it should be True or False")
     return value
 
 

@@ -44,6 +44,8 @@ class Parameters:
     backend: str
     precision: str
     version: str
+    long_prompts: bool = False
+    prompt_weights: bool = False
 
 
 @dataclass(frozen=True)

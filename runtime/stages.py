@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allaprima.bundle import BundleError, Latent
+from allaprima.runtime.chunks import Chunk, apply_weights
 from allaprima.runtime.memory import Block, Tensor
 from allaprima.runtime.samplers import Table, idle_row
 from allaprima.runtime.session import Binding, Session
@@ -25,35 +26,39 @@ class TextEncoder:
         if not isinstance(width, int):
             raise BundleError(f"last_hidden_state of text_encoder should end in a number, not '{width}'")
         self._session = session
-        self._tokenizer = tokenizer
-        self._bound: dict[int, tuple[Block, Tensor, Binding]] = {}
+        self._bound: dict[int, tuple[Block, Block, Binding]] = {}
         self.condition = tokenizer.length, width
-        """The shape [L,D] of one prompt's hidden states."""
+        """The shape [L,D] of one chunk's hidden states."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-        """Hidden states [len(prompts),L,D] in the session's memory, and of each prompt what was cut off.
+    def encode(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Hidden states [len(chunks),L,D] in the session's memory, weighted; valid until the next call.
 
-        The states are valid until the next call. Raises RequestError for text that is not valid Unicode, or
-        BackendError.
+        Raises BackendError.
         """
-        tokens = [self._tokenizer.encode(prompt) for prompt in prompts]
-        ids, hidden, binding = self._bind(len(prompts))
-        ids.tensors["input_ids"].array[...] = [each.ids for each in tokens]
-        ids.push()
+        given, made, binding = self._bind(len(chunks))
+        given.tensors["input_ids"].array[...] = [chunk.ids for chunk in chunks]
+        given.push()
         binding.run()
-        return hidden, tuple(each.truncated for each in tokens)
+        hidden = made.tensors["last_hidden_state"]
+        if any(chunk.weights is not None for chunk in chunks):
+            made.pull()
+            for states, chunk in zip(hidden.array, chunks, strict=True):
+                if chunk.weights is not None:
+                    apply_weights(states, chunk.weights)
+            made.push()
+        return hidden
 
     def close(self) -> None:
         """Drop all bindings; the session is the caller's to close."""
         self._bound.clear()
 
-    def _bind(self, count: int) -> tuple[Block, Tensor, Binding]:
+    def _bind(self, count: int) -> tuple[Block, Block, Binding]:
         if count not in self._bound:
-            memory, name = self._session.memory, "last_hidden_state"
-            ids = memory.allocate({"input_ids": ((count, self.condition[0]), np.int64)})
-            hidden = memory.allocate({name: ((count, *self.condition), np.float32)})
-            binding = self._session.bind({**ids.tensors, **hidden.tensors})
-            self._bound[count] = ids, hidden.tensors[name], binding
+            memory = self._session.memory
+            given = memory.allocate({"input_ids": ((count, self.condition[0]), np.int64)})
+            made = memory.allocate({"last_hidden_state": ((count, *self.condition), np.float32)})
+            binding = self._session.bind({**given.tensors, **made.tensors})
+            self._bound[count] = given, made, binding
         return self._bound[count]
 
 

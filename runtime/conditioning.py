@@ -1,0 +1,81 @@
+"""What the prompts of a request become: chunks per guidance branch, and their states in the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from allaprima.bundle import RequestError
+from allaprima.runtime.chunks import Chunk, Chunks, make_chunks, pad_chunks
+from allaprima.runtime.memory import Memory
+from allaprima.runtime.request import Settings
+from allaprima.runtime.session import Session
+from allaprima.runtime.stages import Denoiser, TextEncoder
+from allaprima.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The chunks of every branch's prompt, equally many, and sentences for the user."""
+
+    branches: tuple[tuple[Chunk, ...], ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of chunks of each prompt."""
+        return len(self.branches[0])
+
+    def write(self, encoder: TextEncoder, denoiser: Denoiser, memory: Memory) -> None:
+        """Encode, and write the states of all chunks one after the other into every lane's condition.
+
+        The encoder runs once per chunk, so that an engine for the prompts of one picture is enough. Raises
+        BackendError.
+        """
+        shape = denoiser.conditions.array.shape[:2]
+        conditions = denoiser.conditions.reshape(*shape, self.count, *encoder.condition)
+        for index in range(self.count):
+            hidden = encoder.encode([chunks[index] for chunks in self.branches])
+            for branch, lane in np.ndindex(shape):
+                memory.copy(conditions[branch, lane, index], hidden[branch])
+
+
+def plan_conditioning(
+    tokenizer: Tokenizer, settings: Settings, sessions: Mapping[str, Session]
+) -> Conditioning:
+    """Read the prompts: the negative one first, where there is guidance.
+
+    Raises RequestError for text that is not valid Unicode, or more than the bundle's graphs can take.
+    """
+    named = {"prompt": settings.prompt}
+    if settings.branches == 2:
+        named = {"negative prompt": settings.negative_prompt, **named}
+    prompts = {
+        name: make_chunks(tokenizer, prompt, long=settings.long_prompts, weighted=settings.prompt_weights)
+        for name, prompt in named.items()
+    }
+    _check_length(prompts, sessions["denoiser"])
+    warnings = [
+        f'the {name} is too long, this was left out: "{chunks.truncated}"'
+        for name, chunks in prompts.items()
+        if chunks.truncated
+    ]
+    if settings.branches == 1 and settings.negative_prompt:
+        warnings.append(
+            f"the negative prompt has no effect with guidance_scale {settings.guidance_scale}: "
+            "it needs above 1"
+        )
+    return Conditioning(pad_chunks(tokenizer, list(prompts.values())), tuple(warnings))
+
+
+def _check_length(prompts: Mapping[str, Chunks], denoiser: Session) -> None:
+    """RequestError if there is more than one chunk and the graph was exported for one."""
+    length = denoiser.inputs["encoder_hidden_states"].shape[1]
+    for name, prompt in prompts.items():
+        if isinstance(length, int) and len(prompt.chunks) > 1:
+            raise RequestError(
+                f"the {name} needs {len(prompt.chunks)} chunks, but this bundle's denoiser takes one, of "
+                f"{length} tokens: export the checkpoint again, or leave long_prompts out"
+            )
