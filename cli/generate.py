@@ -46,6 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prompt-weights", action="store_true", help="read (word:1.3), (word) and [word] as weights"
     )
     parser.add_argument(
+        "--clip-skip", metavar="N", type=int, help="last layers of the text encoder to leave out (0)"
+    )
+    parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
     parser.add_argument(
@@ -92,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
             eta=options.eta,
             long_prompts=options.long_prompts,
             prompt_weights=options.prompt_weights,
+            clip_skip=options.clip_skip,
             callback=lambda progress: report(progress.stage, progress.step, progress.total),
         )
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):

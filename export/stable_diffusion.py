@@ -32,6 +32,7 @@ class Family:
     scheduler: Mapping[str, Any]
     defaults: Defaults
     text_width: int
+    text_layers: int
 
     def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
         """One late plan per component, so that only one component's weights are in memory at a time."""
@@ -43,13 +44,19 @@ class Family:
         }
 
     def _text_encoder(self, dtype: torch.dtype) -> GraphPlan:
-        length = self.tokenizer.length
+        length, states = self.tokenizer.length, self.text_layers + 1
         return GraphPlan(
             name="text_encoder",
             module=TextEncoder(self.checkpoint.load("text_encoder", dtype)),
-            example={"input_ids": torch.full((2, length), self.tokenizer.eos, dtype=torch.int64)},
-            axes={"input_ids": {0: "B"}},
-            inputs=(TensorSpec("input_ids", "int64", ("B", length)),),
+            example={
+                "input_ids": torch.full((2, length), self.tokenizer.eos, dtype=torch.int64),
+                "layer_weights": torch.randn(2, states),
+            },
+            axes={"input_ids": {0: "B"}, "layer_weights": {0: "B"}},
+            inputs=(
+                TensorSpec("input_ids", "int64", ("B", length)),
+                TensorSpec("layer_weights", "float32", ("B", states)),
+            ),
             outputs=(TensorSpec("last_hidden_state", "float32", ("B", length, self.text_width)),),
         )
 
@@ -140,6 +147,7 @@ def read_family(checkpoint: Checkpoint) -> Family:
         scheduler=read_scheduler(checkpoint),
         defaults=_read_defaults(checkpoint, unet, latent),
         text_width=text_width,
+        text_layers=_whole(text, "text_encoder", "num_hidden_layers"),
     )
 
 

@@ -18,9 +18,13 @@ from allaprima.runtime.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The chunks of every branch's prompt, equally many, and sentences for the user."""
+    """The chunks of every branch's prompt, equally many, and sentences for the user.
+
+    `skips` are the last layers of the text encoder that each branch leaves out.
+    """
 
     branches: tuple[tuple[Chunk, ...], ...]
+    skips: tuple[int, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -37,18 +41,21 @@ class Conditioning:
         shape = denoiser.conditions.array.shape[:2]
         conditions = denoiser.conditions.reshape(*shape, self.count, *encoder.condition)
         for index in range(self.count):
-            hidden = encoder.encode([chunks[index] for chunks in self.branches])
+            hidden = encoder.encode([chunks[index] for chunks in self.branches], self.skips)
             for branch, lane in np.ndindex(shape):
                 memory.copy(conditions[branch, lane, index], hidden[branch])
 
 
 def plan_conditioning(
-    tokenizer: Tokenizer, settings: Settings, sessions: Mapping[str, Session]
+    tokenizer: Tokenizer, settings: Settings, layers: int | None, denoiser: Session
 ) -> Conditioning:
     """Read the prompts: the negative one first, where there is guidance.
 
-    Raises RequestError for text that is not valid Unicode, or more than the bundle's graphs can take.
+    `layers` are those of the text encoder, None if its graph cannot skip. Clip skip is for the prompt alone,
+    as in diffusers. Raises RequestError for text that is not valid Unicode, or more than the bundle's graphs
+    can take.
     """
+    _check_skip(settings.clip_skip, layers)
     named = {"prompt": settings.prompt}
     if settings.branches == 2:
         named = {"negative prompt": settings.negative_prompt, **named}
@@ -56,7 +63,7 @@ def plan_conditioning(
         name: make_chunks(tokenizer, prompt, long=settings.long_prompts, weighted=settings.prompt_weights)
         for name, prompt in named.items()
     }
-    _check_length(prompts, sessions["denoiser"])
+    _check_length(prompts, denoiser)
     warnings = [
         f'the {name} is too long, this was left out: "{chunks.truncated}"'
         for name, chunks in prompts.items()
@@ -67,7 +74,18 @@ def plan_conditioning(
             f"the negative prompt has no effect with guidance_scale {settings.guidance_scale}: "
             "it needs above 1"
         )
-    return Conditioning(pad_chunks(tokenizer, list(prompts.values())), tuple(warnings))
+    skips = (*(0 for _ in range(settings.branches - 1)), settings.clip_skip)
+    return Conditioning(pad_chunks(tokenizer, list(prompts.values())), skips, tuple(warnings))
+
+
+def _check_skip(skip: int, layers: int | None) -> None:
+    if skip and layers is None:
+        raise RequestError(
+            f"clip_skip is {skip}, but this bundle's text encoder cannot skip layers: "
+            "export the checkpoint again, or leave clip_skip out"
+        )
+    if layers is not None and skip > layers:
+        raise RequestError(f"clip_skip is {skip}: the text encoder has {layers} layers, so at most {layers}")
 
 
 def _check_length(prompts: Mapping[str, Chunks], denoiser: Session) -> None:

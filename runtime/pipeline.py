@@ -135,13 +135,14 @@ class Pipeline:
         eta: float = 0.0,
         long_prompts: bool = False,
         prompt_weights: bool = False,
+        clip_skip: int | None = None,
         callback: Callback | None = None,
     ) -> Result:
         """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again. `long_prompts` and `prompt_weights`: see Request.
+        used again. `long_prompts`, `prompt_weights` and `clip_skip`: see Request.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
@@ -158,6 +159,7 @@ class Pipeline:
             eta=eta,
             long_prompts=long_prompts,
             prompt_weights=prompt_weights,
+            clip_skip=clip_skip,
         )
         return self.paint(request, callback=callback)
 
@@ -176,7 +178,9 @@ class Pipeline:
         with self._exclusive():
             if not self._sessions:
                 raise BackendError("the pipeline is closed: open it again")
-            conditioning = plan_conditioning(self._tokenizer, settings, self._sessions)
+            conditioning = plan_conditioning(
+                self._tokenizer, settings, self._text_encoder.layers, self._sessions["denoiser"]
+            )
             denoiser = self._prepare(settings, conditioning)
             self._encode(denoiser, settings, conditioning)
             streams = _begin(denoiser, settings, table)

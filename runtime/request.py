@@ -29,6 +29,7 @@ class Settings:
     eta: float
     long_prompts: bool = False
     prompt_weights: bool = False
+    clip_skip: int = 0
 
     @property
     def branches(self) -> int:
@@ -42,6 +43,8 @@ class Request:
 
     `long_prompts` keeps what does not fit into one text encoder input, in further chunks; `prompt_weights`
     reads `(word:1.3)` and the like as weights (see `allaprima.runtime.prompts`).
+    `clip_skip` leaves out the last layers of the text encoder for the prompt, as in diffusers: 1 takes the
+    penultimate layer's states, None or 0 all layers.
     """
 
     prompt: str
@@ -56,6 +59,7 @@ class Request:
     eta: float = 0.0
     long_prompts: bool = False
     prompt_weights: bool = False
+    clip_skip: int | None = None
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -84,6 +88,7 @@ class Request:
             eta=_eta(self.eta),
             long_prompts=_flag("long_prompts", self.long_prompts),
             prompt_weights=_flag("prompt_weights", self.prompt_weights),
+            clip_skip=_whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
         )
 
 

@@ -46,6 +46,7 @@ class Parameters:
     version: str
     long_prompts: bool = False
     prompt_weights: bool = False
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)

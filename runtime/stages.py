@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from allaprima.bundle import BundleError, Latent
 from allaprima.runtime.chunks import Chunk, apply_weights
@@ -29,14 +29,26 @@ class TextEncoder:
         self._bound: dict[int, tuple[Block, Block, Binding]] = {}
         self.condition = tokenizer.length, width
         """The shape [L,D] of one chunk's hidden states."""
+        spec = session.inputs.get("layer_weights")
+        self._states = None if spec is None else int(spec.shape[1])
 
-    def encode(self, chunks: Sequence[Chunk]) -> Tensor:
+    @property
+    def layers(self) -> int | None:
+        """The number of layers, up to which `encode` can skip; None if the graph was exported without."""
+        return None if self._states is None else self._states - 1
+
+    def encode(self, chunks: Sequence[Chunk], skips: Sequence[int]) -> Tensor:
         """Hidden states [len(chunks),L,D] in the session's memory, weighted; valid until the next call.
 
-        Raises BackendError.
+        `skips` are the last layers to leave out for each chunk; all 0 if `layers` is None. Raises
+        BackendError.
         """
         given, made, binding = self._bind(len(chunks))
         given.tensors["input_ids"].array[...] = [chunk.ids for chunk in chunks]
+        if self._states is not None:
+            layer_weights = given.tensors["layer_weights"].array
+            layer_weights[...] = 0
+            layer_weights[range(len(skips)), [self._states - 1 - skip for skip in skips]] = 1
         given.push()
         binding.run()
         hidden = made.tensors["last_hidden_state"]
@@ -55,7 +67,12 @@ class TextEncoder:
     def _bind(self, count: int) -> tuple[Block, Block, Binding]:
         if count not in self._bound:
             memory = self._session.memory
-            given = memory.allocate({"input_ids": ((count, self.condition[0]), np.int64)})
+            layout: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+                "input_ids": ((count, self.condition[0]), np.int64)
+            }
+            if self._states is not None:
+                layout["layer_weights"] = (count, self._states), np.float32
+            given = memory.allocate(layout)
             made = memory.allocate({"last_hidden_state": ((count, *self.condition), np.float32)})
             binding = self._session.bind({**given.tensors, **made.tensors})
             self._bound[count] = given, made, binding

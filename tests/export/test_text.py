@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from allaprima.bundle import Bundle
+from allaprima.bundle import Bundle, RequestError
 from allaprima.runtime import Pipeline, Result
 
 from .test_parity import psnr
@@ -22,6 +22,8 @@ SETTINGS: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 60.0, "w
 def reference(tiny_checkpoint: Path) -> Any:
     """diffusers' pipeline with DDIM."""
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    if not hasattr(pipeline.text_encoder, "text_model"):  # where diffusers looks for the final layer norm
+        object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     return pipeline
@@ -82,3 +84,23 @@ def test_weights(reference: Any, pipeline: Pipeline) -> None:
     without = paint(reference, prompt="a red circle", **SETTINGS)
     result = pipeline.generate("a (red:1.4) circle", prompt_weights=True, sampler="ddim", seed=11, **SETTINGS)
     agree(wanted, result, without)
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip(reference: Any, pipeline: Pipeline, skip: int) -> None:
+    prompt = {"prompt": "a red circle", "negative_prompt": "dark"}
+    wanted = paint(reference, **prompt, clip_skip=skip, **SETTINGS)
+    without = paint(reference, **prompt, clip_skip=skip - 1, **SETTINGS)
+    result = pipeline.generate(**prompt, clip_skip=skip, sampler="ddim", seed=11, **SETTINGS)
+    agree(wanted, result, without)
+    assert result.parameters[0].clip_skip == skip
+
+
+def test_no_clip_skip(pipeline: Pipeline) -> None:
+    pictures = [
+        np.asarray(pipeline.generate("a red circle", clip_skip=skip, seed=1, **SETTINGS).images[0])
+        for skip in (0, None)
+    ]
+    assert np.array_equal(*pictures)
+    with pytest.raises(RequestError, match="clip_skip is 3: the text encoder has 2 layers, so at most 2"):
+        pipeline.generate("", clip_skip=3)

@@ -102,3 +102,15 @@ def test_no_flag(pipeline: Pipeline, name: str) -> None:
     options: dict[str, Any] = {name: "yes"}
     with pytest.raises(RequestError, match=f"{name} is 'yes': it should be True or False"):
         pipeline.generate("", **options)
+
+
+def test_a_text_encoder_that_cannot_skip(pipeline: Pipeline) -> None:
+    pipeline.generate("", clip_skip=0, seed=1)
+    with pytest.raises(RequestError, match=r"clip_skip is 2, but .* cannot skip layers: export"):
+        pipeline.generate("", clip_skip=2)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True])
+def test_no_clip_skip(pipeline: Pipeline, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"clip_skip is {value}: it should be"):
+        pipeline.generate("", clip_skip=value)
