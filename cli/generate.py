@@ -49,6 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--clip-skip", metavar="N", type=int, help="last layers of the text encoder to leave out (0)"
     )
     parser.add_argument(
+        "--guidance-rescale", metavar="X", type=float, default=0.0, help="tames strong guidance, 0 to 1"
+    )
+    parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
     parser.add_argument(
@@ -96,6 +99,7 @@ def run(options: argparse.Namespace) -> None:
             long_prompts=options.long_prompts,
             prompt_weights=options.prompt_weights,
             clip_skip=options.clip_skip,
+            guidance_rescale=options.guidance_rescale,
             callback=lambda progress: report(progress.stage, progress.step, progress.total),
         )
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):

@@ -75,6 +75,7 @@ class Family:
             "bounds": ("B",),
             "update": ("B", 3 + HISTORY),
             "encoder_hidden_states": ("G*B", "L", width),
+            "guidance_rescale": ("B",),
         }
         specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
         # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.

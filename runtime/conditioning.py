@@ -12,7 +12,7 @@ from allaprima.runtime.chunks import Chunk, Chunks, make_chunks, pad_chunks
 from allaprima.runtime.memory import Memory
 from allaprima.runtime.request import Settings
 from allaprima.runtime.session import Session
-from allaprima.runtime.stages import Denoiser, TextEncoder
+from allaprima.runtime.stages import RESCALE, Denoiser, TextEncoder
 from allaprima.runtime.tokenizer import Tokenizer
 
 
@@ -56,6 +56,7 @@ def plan_conditioning(
     can take.
     """
     _check_skip(settings.clip_skip, layers)
+    _check_rescale(settings.guidance_rescale, denoiser)
     named = {"prompt": settings.prompt}
     if settings.branches == 2:
         named = {"negative prompt": settings.negative_prompt, **named}
@@ -69,11 +70,16 @@ def plan_conditioning(
         for name, chunks in prompts.items()
         if chunks.truncated
     ]
-    if settings.branches == 1 and settings.negative_prompt:
-        warnings.append(
-            f"the negative prompt has no effect with guidance_scale {settings.guidance_scale}: "
-            "it needs above 1"
-        )
+    if settings.branches == 1:
+        idle = {
+            "the negative prompt": settings.negative_prompt,
+            "guidance_rescale": settings.guidance_rescale,
+        }
+        warnings += [
+            f"{name} has no effect with guidance_scale {settings.guidance_scale}: it needs above 1"
+            for name, value in idle.items()
+            if value
+        ]
     skips = (*(0 for _ in range(settings.branches - 1)), settings.clip_skip)
     return Conditioning(pad_chunks(tokenizer, list(prompts.values())), skips, tuple(warnings))
 
@@ -86,6 +92,14 @@ def _check_skip(skip: int, layers: int | None) -> None:
         )
     if layers is not None and skip > layers:
         raise RequestError(f"clip_skip is {skip}: the text encoder has {layers} layers, so at most {layers}")
+
+
+def _check_rescale(share: float, denoiser: Session) -> None:
+    if share and RESCALE not in denoiser.inputs:
+        raise RequestError(
+            f"guidance_rescale is {share}, but this bundle's denoiser cannot rescale: "
+            "export the checkpoint again, or leave guidance_rescale out"
+        )
 
 
 def _check_length(prompts: Mapping[str, Chunks], denoiser: Session) -> None:

@@ -136,13 +136,15 @@ class Pipeline:
         long_prompts: bool = False,
         prompt_weights: bool = False,
         clip_skip: int | None = None,
+        guidance_rescale: float = 0.0,
         callback: Callback | None = None,
     ) -> Result:
         """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again. `long_prompts`, `prompt_weights` and `clip_skip`: see Request.
+        used again. `long_prompts`, `prompt_weights`,
+        `clip_skip` and `guidance_rescale`: see Request.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
@@ -160,6 +162,7 @@ class Pipeline:
             long_prompts=long_prompts,
             prompt_weights=prompt_weights,
             clip_skip=clip_skip,
+            guidance_rescale=guidance_rescale,
         )
         return self.paint(request, callback=callback)
 
@@ -231,6 +234,8 @@ class Pipeline:
         """Write guidance weights and conditions."""
         scale = settings.guidance_scale
         denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
+        if denoiser.guidance_rescale is not None:
+            denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
         conditioning.write(self._text_encoder, denoiser, self._sessions["denoiser"].memory)
 
     def _check_finite(self, denoiser: Denoiser) -> None:

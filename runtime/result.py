@@ -47,6 +47,7 @@ class Parameters:
     long_prompts: bool = False
     prompt_weights: bool = False
     clip_skip: int = 0
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)

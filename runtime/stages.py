@@ -16,6 +16,8 @@ from allaprima.runtime.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
 
+RESCALE = "guidance_rescale"
+
 
 class TextEncoder:
     """Prompts to hidden states."""
@@ -115,6 +117,7 @@ class Denoiser:
     Attributes:
         noise: [B,C,H,W], this step's noise.
         guidance: [G,B], the weights of the branches.
+        guidance_rescale: [B], between 0 (off) and 1; None if the graph was exported without.
         conditions: [G,B,L,D], hidden states of the prompts by branch and lane, to be copied into.
     """
 
@@ -135,20 +138,24 @@ class Denoiser:
         state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}
         self._states = memory.allocate(state), memory.allocate(state)
         self._noise = memory.allocate({"noise": (sample, np.float32)})
-        self._row = memory.allocate(
-            {
-                "timestep": ((lanes,), np.float32),
-                "input_scale": ((lanes,), np.float32),
-                "guidance": ((branches, lanes), np.float32),
-                "to_prediction": ((lanes, 2), np.float32),
-                "bounds": ((lanes,), np.float32),
-                "update": ((lanes, 3 + history), np.float32),
-            }
-        )
+        row: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+            "timestep": ((lanes,), np.float32),
+            "input_scale": ((lanes,), np.float32),
+            "guidance": ((branches, lanes), np.float32),
+            "to_prediction": ((lanes, 2), np.float32),
+            "bounds": ((lanes,), np.float32),
+            "update": ((lanes, 3 + history), np.float32),
+        }
+        if RESCALE in session.inputs:
+            row[RESCALE] = (lanes,), np.float32
+        self._row = memory.allocate(row)
         name = "encoder_hidden_states"
         prompts = memory.allocate({name: ((branches * lanes, *condition), np.float32)}).tensors
         self.noise: Floats = self._noise.tensors["noise"].array
         self.guidance: Floats = self._row.tensors["guidance"].array
+        self.guidance_rescale: Floats | None = (
+            self._row.tensors[RESCALE].array if RESCALE in session.inputs else None
+        )
         self.conditions = prompts[name].reshape(branches, lanes, *condition)
         inputs = {**self._noise.tensors, **self._row.tensors, **prompts}
         self._bindings = tuple(

@@ -1,6 +1,7 @@
 """What becomes of prompts, against diffusers' StableDiffusionPipeline."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,31 @@ def test_no_clip_skip(pipeline: Pipeline) -> None:
     assert np.array_equal(*pictures)
     with pytest.raises(RequestError, match="clip_skip is 3: the text encoder has 2 layers, so at most 2"):
         pipeline.generate("", clip_skip=3)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_guidance_rescale(
+    reference: Any, pipeline: Pipeline, prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config, prediction_type=prediction)
+    monkeypatch.setattr(reference, "scheduler", scheduler)
+    manifest = pipeline.bundle.manifest
+    manifest = replace(manifest, scheduler={**manifest.scheduler, "prediction_type": prediction})
+    bundle = replace(pipeline.bundle, manifest=manifest)
+    other = Pipeline(bundle, vars(pipeline)["_sessions"], backend=pipeline.backend)
+    prompt = {"prompt": "a red circle", "negative_prompt": "dark"}
+    wanted = paint(reference, **prompt, guidance_rescale=0.7, **SETTINGS)
+    without = paint(reference, **prompt, **SETTINGS)
+    result = other.generate(**prompt, guidance_rescale=0.7, sampler="ddim", seed=11, num_images=2, **SETTINGS)
+    agree(wanted, result, without)
+    assert result.parameters[0].guidance_rescale == 0.7
+    after = other.generate(**prompt, sampler="ddim", seed=11, num_images=2, **SETTINGS)
+    assert psnr(without, np.asarray(after.images[0])) >= 50
+
+
+def test_guidance_rescale_without_guidance(pipeline: Pipeline) -> None:
+    settings = {**SETTINGS, "guidance_scale": 1.0, "seed": 1}
+    plain = pipeline.generate("a", **settings)
+    result = pipeline.generate("a", guidance_rescale=0.7, **settings)
+    assert result.warnings == ("guidance_rescale has no effect with guidance_scale 1.0: it needs above 1",)
+    assert np.array_equal(np.asarray(plain.images[0]), np.asarray(result.images[0]))

@@ -114,3 +114,15 @@ def test_a_text_encoder_that_cannot_skip(pipeline: Pipeline) -> None:
 def test_no_clip_skip(pipeline: Pipeline, value: Any) -> None:
     with pytest.raises(RequestError, match=f"clip_skip is {value}: it should be"):
         pipeline.generate("", clip_skip=value)
+
+
+def test_a_denoiser_that_cannot_rescale(pipeline: Pipeline) -> None:
+    pipeline.generate("", guidance_rescale=0, seed=1)
+    with pytest.raises(RequestError, match=r"guidance_rescale is 0.7, but .* cannot rescale: export"):
+        pipeline.generate("", guidance_rescale=0.7)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "x"])
+def test_no_share(pipeline: Pipeline, value: Any) -> None:
+    with pytest.raises(RequestError, match=r"guidance_rescale is .*: it should"):
+        pipeline.generate("", guidance_rescale=value)
