@@ -40,6 +40,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--eta", metavar="X", type=float, default=0.0, help="DDIM's share of fresh noise, 0 to 1"
     )
     parser.add_argument(
+        "--long-prompts", action="store_true", help="keep what does not fit into 77 tokens, in chunks"
+    )
+    parser.add_argument(
+        "--prompt-weights", action="store_true", help="read (word:1.3), (word) and [word] as weights"
+    )
+    parser.add_argument(
+        "--clip-skip", metavar="N", type=int, help="last layers of the text encoder to leave out (0)"
+    )
+    parser.add_argument(
+        "--guidance-rescale", metavar="X", type=float, default=0.0, help="tames strong guidance, 0 to 1"
+    )
+    parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
     parser.add_argument(
@@ -91,6 +103,10 @@ def run(options: argparse.Namespace) -> None:
             width=width,
             num_images=options.num_images,
             eta=options.eta,
+            long_prompts=options.long_prompts,
+            prompt_weights=options.prompt_weights,
+            clip_skip=options.clip_skip,
+            guidance_rescale=options.guidance_rescale,
             callback=lambda progress: report(progress.stage, progress.step, progress.total),
         )
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from allaprima.bundle import Bundle, Component, Latent, Profile, RequestError
+from allaprima.bundle import Bundle, Component, Latent, Manifest, Profile, RequestError
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -42,7 +42,7 @@ def plan_profiles(
     One profile that spans everything costs 13 to 31 % of the speed in NVIDIA's own measurements, so every
     size has its own; batches share one, from the second picture on. The denoiser runs with and without
     guidance (two branches or one), the text encoder takes the prompts of all branches, and the autoencoder
-    one picture at a time, as the runtime does.
+    one picture at a time, as the runtime does. Prompts are of one chunk.
 
     Args:
         bundle: whose graphs are to be compiled.
@@ -57,8 +57,7 @@ def plan_profiles(
     for size in chosen:
         _check_size(size, manifest.latent)
     return {
-        name: _plan(component, chosen, batch, manifest.latent)
-        for name, component in manifest.components.items()
+        name: _plan(component, chosen, batch, manifest) for name, component in manifest.components.items()
     }
 
 
@@ -80,17 +79,19 @@ def fixed_profiles(bundle: Bundle, sizes: Sequence[Size], batch: int) -> dict[st
 
 
 def _plan(
-    component: Component, sizes: Sequence[Size], batch: tuple[int, int], latent: Latent
+    component: Component, sizes: Sequence[Size], batch: tuple[int, int], manifest: Manifest
 ) -> tuple[Profile, ...]:
     axes = _axes(component)
     if "H" not in axes:
         return (Profile({"B": (1, 2 * batch[0], 2 * batch[1])}),)
     lanes = _split(batch) if "G" in axes else [(1, 1, 1)]
+    latent, length = manifest.latent, manifest.tokenizer.length
     profiles = []
     for width, height in sizes:
         h, w = height // latent.downscale, width // latent.downscale
         for counts in lanes:
             extents = {"B": counts, "G": (1, 2, 2), "H": (h, h, h), "W": (w, w, w)}
+            extents["L"] = (length, length, length)
             profiles.append(Profile({axis: extents[axis] for axis in axes}))
     return tuple(profiles)
 

@@ -32,10 +32,10 @@ def measure_error(
     """
     component, latent = bundle.component(name), bundle.manifest.latent
     side = latent.multiple // latent.downscale
-    extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side}
+    tokenizer = bundle.manifest.tokenizer
+    extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side, "L": tokenizer.length}
     if profile is not None:
         extents |= {axis: best for axis, (_, best, _) in profile.extents.items()}
-    tokenizer = bundle.manifest.tokenizer
     # The special tokens are the last of CLIP's vocabulary, so all ids up to them have an embedding.
     inputs = draw_inputs(component, extents, 1 + max(tokenizer.bos, tokenizer.eos, tokenizer.pad))
     precision = engine.precision

@@ -136,11 +136,12 @@ def _release(module: torch.nn.Module) -> None:
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:
-    """Two shapes other than the traced one: without guidance and wide, with guidance and tall."""
+    """Two shapes other than the traced one: without guidance and wide, with guidance, tall and long."""
     side = family.latent.multiple // family.latent.downscale
+    length = family.tokenizer.length
     return [
-        {"B": 1, "G": 1, "H": 2 * side, "W": 3 * side},
-        {"B": 2, "G": 2, "H": 4 * side, "W": side},
+        {"B": 1, "G": 1, "H": 2 * side, "W": 3 * side, "L": length},
+        {"B": 2, "G": 2, "H": 4 * side, "W": side, "L": 3 * length},
     ]
 
 

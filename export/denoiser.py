@@ -29,6 +29,7 @@ class Denoiser(torch.nn.Module):
         bounds: Tensor,
         update: Tensor,
         encoder_hidden_states: Tensor,
+        guidance_rescale: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Take one step.
 
@@ -44,6 +45,8 @@ class Denoiser(torch.nn.Module):
             bounds: the prediction is clamped to ±bounds, [B]; 3e38 leaves it alone.
             update: [B,3+S], `next = u0*sample + u1*prediction + u2*noise + sum_k u(3+k)*history_k`.
             encoder_hidden_states: conditions, branch-major, [G*B,L,D].
+            guidance_rescale: share phi of the guided output that is rescaled to the standard deviation of the
+                last branch's, [B]; up to 0 leaves it alone.
 
         Returns:
             next_sample [B,C,H,W] and next_history [S,B,C,H,W], the new prediction in front.
@@ -56,7 +59,8 @@ class Denoiser(torch.nn.Module):
             encoder_hidden_states.to(self.precision),
             return_dict=False,
         )[0].float()
-        guided = (output.unflatten(0, guidance.shape) * _per_sample(guidance)).sum(0)
+        outputs = output.unflatten(0, guidance.shape)
+        guided = _rescale((outputs * _per_sample(guidance)).sum(0), outputs[-1], guidance_rescale)
         prediction = _per_sample(to_prediction[:, 0]) * sample + _per_sample(to_prediction[:, 1]) * guided
         limit = _per_sample(bounds)
         prediction = torch.maximum(torch.minimum(prediction, limit), -limit)
@@ -72,6 +76,21 @@ class Denoiser(torch.nn.Module):
     def precision(self) -> torch.dtype:
         """The data type of the UNet's weights."""
         return next(self.unet.parameters()).dtype
+
+
+def _rescale(guided: Tensor, prompted: Tensor, share: Tensor) -> Tensor:
+    """Guidance rescale, arXiv 2305.08891, section 3.4; samples with no share stay as they are.
+
+    Selected rather than multiplied by zero, because the factor is not finite where all of `guided` is equal.
+    """
+    factor = share * (_deviation(prompted) / _deviation(guided)) + (1 - share)
+    return guided * _per_sample(torch.where(share > 0, factor, torch.ones_like(factor)))
+
+
+def _deviation(values: Tensor) -> Tensor:
+    """The standard deviation of every sample, [B]."""
+    axes = (1, 2, 3)
+    return (values - values.mean(axes, keepdim=True)).square().mean(axes).sqrt()
 
 
 def _per_sample(values: Tensor) -> Tensor:

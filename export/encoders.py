@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 class TextEncoder(torch.nn.Module):
-    """CLIP's text transformer: input_ids int64 [B,L] to last_hidden_state float32 [B,L,D]."""
+    """CLIP's text transformer: input_ids int64 [B,L] to last_hidden_state float32 [B,L,D].
+
+    `layer_weights` float32 [B,N+1] says which hidden states that is before the final layer norm: the sum of
+    the embeddings' (the first weight) and of those after each of the N layers. The last one alone is the
+    model as it is, the one before is a clip skip of 1.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, layer_weights: Tensor) -> Tensor:
         """States after the final layer norm. No attention mask: Stable Diffusion attends to padding too."""
-        states: Tensor = self.model(input_ids).last_hidden_state
+        hidden = self.model(input_ids, output_hidden_states=True).hidden_states
+        stacked = torch.stack(hidden, dim=1).float()
+        chosen = (stacked * layer_weights[:, :, None, None]).sum(1)
+        tower: Any = getattr(self.model, "text_model", self.model)  # its place before transformers 5.6
+        states: Tensor = tower.final_layer_norm(chosen.to(tower.final_layer_norm.weight.dtype))
         return states.float()
 
 

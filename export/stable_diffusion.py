@@ -33,6 +33,7 @@ class Family:
     scheduler: Mapping[str, Any]
     defaults: Defaults
     text_width: int
+    text_layers: int
 
     def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
         """One late plan per component, so that only one component's weights are in memory at a time."""
@@ -47,19 +48,25 @@ class Family:
         return plans
 
     def _text_encoder(self, dtype: torch.dtype) -> GraphPlan:
-        length = self.tokenizer.length
+        length, states = self.tokenizer.length, self.text_layers + 1
         return GraphPlan(
             name="text_encoder",
             module=TextEncoder(self.checkpoint.load("text_encoder", dtype)),
-            example={"input_ids": torch.full((2, length), self.tokenizer.eos, dtype=torch.int64)},
-            axes={"input_ids": {0: "B"}},
-            inputs=(TensorSpec("input_ids", "int64", ("B", length)),),
+            example={
+                "input_ids": torch.full((2, length), self.tokenizer.eos, dtype=torch.int64),
+                "layer_weights": torch.randn(2, states),
+            },
+            axes={"input_ids": {0: "B"}, "layer_weights": {0: "B"}},
+            inputs=(
+                TensorSpec("input_ids", "int64", ("B", length)),
+                TensorSpec("layer_weights", "float32", ("B", states)),
+            ),
             outputs=(TensorSpec("last_hidden_state", "float32", ("B", length, self.text_width)),),
         )
 
     def _denoiser(self, dtype: torch.dtype) -> GraphPlan:
         channels, factor = self.latent.channels, self.latent.multiple // self.latent.downscale
-        length, width = self.tokenizer.length, self.text_width
+        width = self.text_width
         image = ("B", channels, "H", "W")
         shapes: dict[str, tuple[int | str, ...]] = {
             "sample": image,
@@ -71,12 +78,14 @@ class Family:
             "to_prediction": ("B", 2),
             "bounds": ("B",),
             "update": ("B", 3 + HISTORY),
-            "encoder_hidden_states": ("G*B", length, width),
+            "encoder_hidden_states": ("G*B", "L", width),
+            "guidance_rescale": ("B",),
         }
         specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
         # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.
         sizes = {"B": 3, "G": 2, "G*B": 6, "H": 5 * factor, "W": 7 * factor}
-        dims: dict[str, Any] = {"B": "B", "G": "G", "G*B": "GB"}
+        sizes["L"] = 2 * self.tokenizer.length  # a prompt is one chunk or more, one after the other
+        dims: dict[str, Any] = {"B": "B", "G": "G", "G*B": "GB", "L": "L"}
         dims |= {axis: factor * torch.export.Dim(axis.lower(), min=1, max=4096) for axis in ("H", "W")}
         return GraphPlan(
             name="denoiser",
@@ -143,6 +152,7 @@ def read_family(checkpoint: Checkpoint) -> Family:
         scheduler=read_scheduler(checkpoint),
         defaults=_read_defaults(checkpoint, unet, latent),
         text_width=text_width,
+        text_layers=_whole(text, "text_encoder", "num_hidden_layers"),
     )
 
 

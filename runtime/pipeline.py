@@ -24,6 +24,7 @@ from allaprima.bundle import (
     resolve,
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
+from allaprima.runtime.conditioning import Conditioning, plan_conditioning
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
@@ -61,7 +62,8 @@ class Pipeline:
         self.backend = backend
         self.precision = sessions["denoiser"].precision
         self._sessions = dict(sessions)
-        self._text_encoder = TextEncoder(sessions["text_encoder"], Tokenizer(bundle))
+        self._tokenizer = Tokenizer(bundle)
+        self._text_encoder = TextEncoder(sessions["text_encoder"], self._tokenizer)
         self._safety: SafetyChecker | None = None
         self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
         self._decoder: tuple[object, Decoder] | None = None
@@ -145,13 +147,18 @@ class Pipeline:
         width: int | None = None,
         num_images: int = 1,
         eta: float = 0.0,
+        long_prompts: bool = False,
+        prompt_weights: bool = False,
+        clip_skip: int | None = None,
+        guidance_rescale: float = 0.0,
         callback: Callback | None = None,
     ) -> Result:
         """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again.
+        used again. `long_prompts`, `prompt_weights`,
+        `clip_skip` and `guidance_rescale`: see Request.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
@@ -166,6 +173,10 @@ class Pipeline:
             width=width,
             num_images=num_images,
             eta=eta,
+            long_prompts=long_prompts,
+            prompt_weights=prompt_weights,
+            clip_skip=clip_skip,
+            guidance_rescale=guidance_rescale,
         )
         return self.paint(request, callback=callback)
 
@@ -184,8 +195,11 @@ class Pipeline:
         with self._exclusive():
             if not self._sessions:
                 raise BackendError("the pipeline is closed: open it again")
-            denoiser = self._prepare(settings)
-            warnings = self._encode(denoiser, settings)
+            conditioning = plan_conditioning(
+                self._tokenizer, settings, self._text_encoder.layers, self._sessions["denoiser"]
+            )
+            denoiser = self._prepare(settings, conditioning)
+            self._encode(denoiser, settings, conditioning)
             streams = _begin(denoiser, settings, table)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
@@ -198,7 +212,7 @@ class Pipeline:
         timings = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
         timings["total"] = marks[-1] - marks[0]
         parameters = tuple(self._describe(settings, table, index) for index in range(len(images)))
-        warnings += tuple(
+        warnings = conditioning.warnings + tuple(
             f"picture {index + 1} was flagged by the model's safety checker and is blurred"
             for index, each in enumerate(flagged or ())
             if each
@@ -214,13 +228,15 @@ class Pipeline:
         finally:
             self._busy.release()
 
-    def _prepare(self, settings: Settings) -> Denoiser:
+    def _prepare(self, settings: Settings, conditioning: Conditioning) -> Denoiser:
         """The denoiser of the request's shape: the last one if it fits, for its buffers."""
         manifest = self.bundle.manifest
         latent = manifest.latent
         height, width = settings.height // latent.downscale, settings.width // latent.downscale
         shape = (settings.num_images, latent.channels, height, width)
-        key = (shape, settings.branches)
+        length, width = self._text_encoder.condition
+        condition = conditioning.count * length, width
+        key = (shape, settings.branches, condition)
         if self._denoiser is None or self._denoiser[0] != key:
             self._denoiser = None  # first, so that the old and the new buffers never exist together
             denoiser = Denoiser(
@@ -228,34 +244,18 @@ class Pipeline:
                 shape,
                 branches=settings.branches,
                 history=manifest.history,
-                condition=self._text_encoder.condition,
+                condition=condition,
             )
             self._denoiser = key, denoiser
         return self._denoiser[1]
 
-    def _encode(self, denoiser: Denoiser, settings: Settings) -> tuple[str, ...]:
-        """Write guidance weights and conditions; the warnings that come with it."""
+    def _encode(self, denoiser: Denoiser, settings: Settings, conditioning: Conditioning) -> None:
+        """Write guidance weights and conditions."""
         scale = settings.guidance_scale
-        if settings.branches == 2:
-            named = {"negative prompt": settings.negative_prompt, "prompt": settings.prompt}
-            denoiser.guidance[...] = [[1 - scale], [scale]]
-        else:
-            named = {"prompt": settings.prompt}
-            denoiser.guidance[...] = 1
-        hidden, truncated = self._text_encoder.encode(list(named.values()))
-        memory = self._sessions["denoiser"].memory
-        for branch, lane in np.ndindex(denoiser.conditions.array.shape[:2]):
-            memory.copy(denoiser.conditions[branch, lane], hidden[branch])
-        warnings = [
-            f'the {name} is too long, this was left out: "{rest}"'
-            for name, rest in zip(named, truncated, strict=True)
-            if rest
-        ]
-        if settings.branches == 1 and settings.negative_prompt:
-            warnings.append(
-                f"the negative prompt has no effect with guidance_scale {scale}: it needs above 1"
-            )
-        return tuple(warnings)
+        denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
+        if denoiser.guidance_rescale is not None:
+            denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
+        conditioning.write(self._text_encoder, denoiser, self._sessions["denoiser"].memory)
 
     def _check_finite(self, denoiser: Denoiser) -> None:
         denoiser.pull()

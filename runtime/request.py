@@ -27,6 +27,10 @@ class Settings:
     width: int
     num_images: int
     eta: float
+    long_prompts: bool = False
+    prompt_weights: bool = False
+    clip_skip: int = 0
+    guidance_rescale: float = 0.0
 
     @property
     def branches(self) -> int:
@@ -36,7 +40,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for; None takes the bundle's default, a seed of None a random one of 32 bits."""
+    """What a user asks for; None takes the bundle's default, a seed of None a random one of 32 bits.
+
+    `long_prompts` keeps what does not fit into one text encoder input, in further chunks; `prompt_weights`
+    reads `(word:1.3)` and the like as weights (see `allaprima.runtime.prompts`).
+    `clip_skip` leaves out the last layers of the text encoder for the prompt, as in diffusers: 1 takes the
+    penultimate layer's states, None or 0 all layers. `guidance_rescale`, between 0 and 1, brings the contrast
+    that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -48,6 +59,10 @@ class Request:
     width: int | None = None
     num_images: int = 1
     eta: float = 0.0
+    long_prompts: bool = False
+    prompt_weights: bool = False
+    clip_skip: int | None = None
+    guidance_rescale: float = 0.0
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -74,12 +89,22 @@ class Request:
             width=_side("width", defaults.width if self.width is None else self.width, manifest.latent),
             num_images=count,
             eta=_eta(self.eta),
+            long_prompts=_flag("long_prompts", self.long_prompts),
+            prompt_weights=_flag("prompt_weights", self.prompt_weights),
+            clip_skip=_whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
+            guidance_rescale=_share("guidance_rescale", self.guidance_rescale),
         )
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{name} is {value!r}: it should be a text")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}: it should be True or False")
     return value
 
 
@@ -105,6 +130,13 @@ def _eta(value: object) -> float:
     if not 0 <= eta <= 1:
         raise RequestError(f"eta is {eta}: it should lie between 0 (no noise, DDIM) and 1 (DDPM)")
     return eta
+
+
+def _share(name: str, value: object) -> float:
+    share = _finite(name, value)
+    if not 0 <= share <= 1:
+        raise RequestError(f"{name} is {share}: it should lie between 0 (off) and 1")
+    return share
 
 
 def _seed(value: int | None, count: int) -> int:

@@ -44,6 +44,10 @@ class Parameters:
     backend: str
     precision: str
     version: str
+    long_prompts: bool = False
+    prompt_weights: bool = False
+    clip_skip: int = 0
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from allaprima.bundle import BundleError, Latent
+from allaprima.runtime.chunks import Chunk, apply_weights
 from allaprima.runtime.memory import Block, Tensor
 from allaprima.runtime.samplers import Table, idle_row
 from allaprima.runtime.session import Binding, Session
 from allaprima.runtime.tokenizer import Tokenizer
 
 Floats = NDArray[np.float32]
+
+RESCALE = "guidance_rescale"
 
 
 class TextEncoder:
@@ -25,35 +28,56 @@ class TextEncoder:
         if not isinstance(width, int):
             raise BundleError(f"last_hidden_state of text_encoder should end in a number, not '{width}'")
         self._session = session
-        self._tokenizer = tokenizer
-        self._bound: dict[int, tuple[Block, Tensor, Binding]] = {}
+        self._bound: dict[int, tuple[Block, Block, Binding]] = {}
         self.condition = tokenizer.length, width
-        """The shape [L,D] of one prompt's hidden states."""
+        """The shape [L,D] of one chunk's hidden states."""
+        spec = session.inputs.get("layer_weights")
+        self._states = None if spec is None else int(spec.shape[1])
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-        """Hidden states [len(prompts),L,D] in the session's memory, and of each prompt what was cut off.
+    @property
+    def layers(self) -> int | None:
+        """The number of layers, up to which `encode` can skip; None if the graph was exported without."""
+        return None if self._states is None else self._states - 1
 
-        The states are valid until the next call. Raises RequestError for text that is not valid Unicode, or
+    def encode(self, chunks: Sequence[Chunk], skips: Sequence[int]) -> Tensor:
+        """Hidden states [len(chunks),L,D] in the session's memory, weighted; valid until the next call.
+
+        `skips` are the last layers to leave out for each chunk; all 0 if `layers` is None. Raises
         BackendError.
         """
-        tokens = [self._tokenizer.encode(prompt) for prompt in prompts]
-        ids, hidden, binding = self._bind(len(prompts))
-        ids.tensors["input_ids"].array[...] = [each.ids for each in tokens]
-        ids.push()
+        given, made, binding = self._bind(len(chunks))
+        given.tensors["input_ids"].array[...] = [chunk.ids for chunk in chunks]
+        if self._states is not None:
+            layer_weights = given.tensors["layer_weights"].array
+            layer_weights[...] = 0
+            layer_weights[range(len(skips)), [self._states - 1 - skip for skip in skips]] = 1
+        given.push()
         binding.run()
-        return hidden, tuple(each.truncated for each in tokens)
+        hidden = made.tensors["last_hidden_state"]
+        if any(chunk.weights is not None for chunk in chunks):
+            made.pull()
+            for states, chunk in zip(hidden.array, chunks, strict=True):
+                if chunk.weights is not None:
+                    apply_weights(states, chunk.weights)
+            made.push()
+        return hidden
 
     def close(self) -> None:
         """Drop all bindings; the session is the caller's to close."""
         self._bound.clear()
 
-    def _bind(self, count: int) -> tuple[Block, Tensor, Binding]:
+    def _bind(self, count: int) -> tuple[Block, Block, Binding]:
         if count not in self._bound:
-            memory, name = self._session.memory, "last_hidden_state"
-            ids = memory.allocate({"input_ids": ((count, self.condition[0]), np.int64)})
-            hidden = memory.allocate({name: ((count, *self.condition), np.float32)})
-            binding = self._session.bind({**ids.tensors, **hidden.tensors})
-            self._bound[count] = ids, hidden.tensors[name], binding
+            memory = self._session.memory
+            layout: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+                "input_ids": ((count, self.condition[0]), np.int64)
+            }
+            if self._states is not None:
+                layout["layer_weights"] = (count, self._states), np.float32
+            given = memory.allocate(layout)
+            made = memory.allocate({"last_hidden_state": ((count, *self.condition), np.float32)})
+            binding = self._session.bind({**given.tensors, **made.tensors})
+            self._bound[count] = given, made, binding
         return self._bound[count]
 
 
@@ -93,6 +117,7 @@ class Denoiser:
     Attributes:
         noise: [B,C,H,W], this step's noise.
         guidance: [G,B], the weights of the branches.
+        guidance_rescale: [B], between 0 (off) and 1; None if the graph was exported without.
         conditions: [G,B,L,D], hidden states of the prompts by branch and lane, to be copied into.
     """
 
@@ -113,20 +138,24 @@ class Denoiser:
         state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}
         self._states = memory.allocate(state), memory.allocate(state)
         self._noise = memory.allocate({"noise": (sample, np.float32)})
-        self._row = memory.allocate(
-            {
-                "timestep": ((lanes,), np.float32),
-                "input_scale": ((lanes,), np.float32),
-                "guidance": ((branches, lanes), np.float32),
-                "to_prediction": ((lanes, 2), np.float32),
-                "bounds": ((lanes,), np.float32),
-                "update": ((lanes, 3 + history), np.float32),
-            }
-        )
+        row: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
+            "timestep": ((lanes,), np.float32),
+            "input_scale": ((lanes,), np.float32),
+            "guidance": ((branches, lanes), np.float32),
+            "to_prediction": ((lanes, 2), np.float32),
+            "bounds": ((lanes,), np.float32),
+            "update": ((lanes, 3 + history), np.float32),
+        }
+        if RESCALE in session.inputs:
+            row[RESCALE] = (lanes,), np.float32
+        self._row = memory.allocate(row)
         name = "encoder_hidden_states"
         prompts = memory.allocate({name: ((branches * lanes, *condition), np.float32)}).tensors
         self.noise: Floats = self._noise.tensors["noise"].array
         self.guidance: Floats = self._row.tensors["guidance"].array
+        self.guidance_rescale: Floats | None = (
+            self._row.tensors[RESCALE].array if RESCALE in session.inputs else None
+        )
         self.conditions = prompts[name].reshape(branches, lanes, *condition)
         inputs = {**self._noise.tensors, **self._row.tensors, **prompts}
         self._bindings = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,21 +47,37 @@ class Tokenizer:
         """The number of ids that every prompt becomes."""
         return self._spec.length
 
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma at the end of a word, None if the vocabulary has none."""
+        found: int | None = self._tokenizer.token_to_id(",</w>")
+        return found
+
     def encode(self, prompt: str) -> Tokens:
         """bos, the first `length - 2` tokens of the prompt, eos, and padding up to `length`.
 
         Raises RequestError for a string that is not valid Unicode (a lone surrogate).
         """
-        spec = self._spec
+        found, starts = self.split(prompt)
+        room = self.length - 2
+        return Tokens(self.pack(found[:room]), "" if len(found) <= room else prompt[starts[room] :])
+
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text without special tokens, and where each begins in it.
+
+        Places count characters of the text as it was written, before the tokenizer's own normalisation.
+        Raises RequestError for a string that is not valid Unicode (a lone surrogate).
+        """
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the prompt is not valid Unicode text: {error}") from error
-        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
-        room = spec.length - 2
-        kept = encoding.ids[:room]
-        ids = np.full(spec.length, spec.pad, np.int64)
-        ids[: len(kept) + 2] = [spec.bos, *kept, spec.eos]
-        fits = len(encoding.ids) <= room
-        # Offsets count characters of the prompt as it was written, before the tokenizer's own normalisation.
-        return Tokens(ids, "" if fits else prompt[encoding.offsets[room][0] :])
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def pack(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """bos, up to `length - 2` ids, eos, and padding up to `length`."""
+        spec = self._spec
+        packed = np.full(spec.length, spec.pad, np.int64)
+        packed[: len(ids) + 2] = [spec.bos, *ids, spec.eos]
+        return packed

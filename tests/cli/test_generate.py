@@ -89,6 +89,10 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
         "width": None,
         "num_images": 1,
         "eta": 0.0,
+        "long_prompts": False,
+        "prompt_weights": False,
+        "clip_skip": None,
+        "guidance_rescale": 0.0,
     }
     assert read_parameters("picture.png")["prompt"] == "a red circle"
 
@@ -97,6 +101,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
     words = ["--steps", "9", "--guidance", "2.5", "--sampler", "Euler a", "--seed", "3", "--size", "768x512"]
     words += ["--eta", "0.5", "--negative-prompt", "blur", "-n", "2", "-o", "out.webp"]
     words += ["--backend", "ort", "--precision", "fp32", "--threads", "2", "--no-safety-checker"]
+    words += ["--long-prompts", "--prompt-weights", "--clip-skip", "2", "--guidance-rescale", "0.7"]
     outcome = allaprima("generate", "my bundle", *words, "a cat")
     assert outcome.code == 0
     assert easel.opened == {
@@ -117,6 +122,10 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
         "width": 768,
         "num_images": 2,
         "eta": 0.5,
+        "long_prompts": True,
+        "prompt_weights": True,
+        "clip_skip": 2,
+        "guidance_rescale": 0.7,
     }
     assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
     assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]

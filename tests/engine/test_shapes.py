@@ -42,6 +42,7 @@ def test_profiles(bundle: Bundle) -> None:
         "H": (h, h, h),
         "W": (w, w, w),
         "G": (1, 2, 2),
+        "L": (77, 77, 77),
     }
     assert planned["denoiser"][1].extents["B"] == (2, 4, 4)
     assert planned["denoiser"][2].extents["H"] == (3 * h,) * 3
@@ -64,6 +65,19 @@ def test_a_size_that_the_model_cannot_paint(bundle: Bundle) -> None:
     step = bundle.manifest.latent.multiple
     with pytest.raises(RequestError, match=f"multiples of {step} pixels, as in {step}x{2 * step}"):
         plan_profiles(bundle, [(step - 1, 2 * step + 1)])
+
+
+def test_prompts_are_one_chunk(bundle: Bundle) -> None:
+    component = bundle.component("denoiser")
+    *rest, states = component.inputs
+    long = replace(component, inputs=(*rest, replace(states, shape=("G*B", "L", states.shape[2]))))
+    short = replace(component, inputs=(*rest, replace(states, shape=("G*B", 77, states.shape[2]))))
+    for denoiser, extents in ((long, {"L": (77, 77, 77)}), (short, {})):
+        components = {**bundle.manifest.components, "denoiser": denoiser}
+        changed = replace(bundle, manifest=replace(bundle.manifest, components=components))
+        (profile,) = plan_profiles(changed)["denoiser"]
+        assert {axis: found for axis, found in profile.extents.items() if axis == "L"} == extents
+        assert profile.shapes(denoiser.inputs[-1])[1] == (2, 77, states.shape[2])
 
 
 def test_shapes_of_a_profile() -> None:

@@ -140,7 +140,7 @@ SPECS: Mapping[str, tuple[str, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] 
             TensorSpec("to_prediction", "float32", ("B", 2)),
             TensorSpec("bounds", "float32", ("B",)),
             TensorSpec("update", "float32", ("B", 3 + HISTORY)),
-            TensorSpec("encoder_hidden_states", "float32", ("G*B", LENGTH, WIDTH)),
+            TensorSpec("encoder_hidden_states", "float32", ("G*B", "L", WIDTH)),
         ),
         (
             TensorSpec("next_sample", "float32", ("B", 4, "H", "W")),
