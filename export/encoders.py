@@ -46,18 +46,20 @@ class ImageDecoder(torch.nn.Module):
 
 
 class ImageEncoder(torch.nn.Module):
-    """Pictures to the moments of their latents: image float32 [B,3,height,width] in [-1,1] to [B,2C,H,W].
+    """Pictures to the distribution of their latents, as the denoiser has them.
 
-    The first C channels are the mean, the others the log variance, before clamping and latent scaling.
+    image float32 [B,3,height,width] in [-1,1] to mean and standard deviation, each float32 [B,C,H,W].
     """
 
-    def __init__(self, vae: torch.nn.Module) -> None:
+    def __init__(self, vae: torch.nn.Module, scaling_factor: float) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.scaling_factor = vae, scaling_factor
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Encode without drawing: the runtime owns the noise."""
         encoded = self.vae.encoder(image.to(next(self.vae.parameters()).dtype))  # type: ignore[operator]
         quant = self.vae.quant_conv
         moments: Tensor = encoded if quant is None else quant(encoded)  # type: ignore[operator]
-        return moments.float()
+        mean, logarithm = moments.float().chunk(2, dim=1)
+        deviation = torch.exp(0.5 * logarithm.clamp(-30, 20))
+        return self.scaling_factor * mean, self.scaling_factor * deviation

@@ -118,13 +118,15 @@ class Family:
     def _vae_encoder(self, dtype: torch.dtype) -> GraphPlan:
         scale = self.latent.downscale
         height, width = (scale * torch.export.Dim(axis, min=1, max=4096) for axis in ("h", "w"))
+        vae, latents = self.checkpoint.load("vae", dtype), ("B", self.latent.channels, "H", "W")
+        config: Any = vae.config
         return GraphPlan(
             name="vae_encoder",
-            module=ImageEncoder(self.checkpoint.load("vae", dtype)),
+            module=ImageEncoder(vae, float(config.scaling_factor)),
             example={"image": torch.rand(2, 3, 6 * scale, 10 * scale) * 2 - 1},
             axes={"image": {0: "B", 2: height, 3: width}},
             inputs=(TensorSpec("image", "float32", ("B", 3, f"{scale}*H", f"{scale}*W")),),
-            outputs=(TensorSpec("moments", "float32", ("B", 2 * self.latent.channels, "H", "W")),),
+            outputs=tuple(TensorSpec(name, "float32", latents) for name in ("mean", "deviation")),
         )
 
 

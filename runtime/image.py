@@ -93,6 +93,7 @@ def describe(parameters: Parameters) -> str:
         "CFG scale": f"{p.guidance_scale:g}",
         "Seed": p.seed,
         "Size": f"{p.width}x{p.height}",
+        **({} if p.strength is None else {"Denoising strength": f"{p.strength:g}"}),
         "Model": p.bundle,
         "Version": f"allaprima {p.version}",
     }

@@ -7,14 +7,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from PIL import Image
+
 from allaprima.bundle import Latent, Manifest, RequestError
+from allaprima.runtime.pictures import Source, fitting_size, read_picture
+
+STRENGTH = 0.8
+"""How much of a picture is painted over if a request does not say."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """A request with everything resolved but the sampler: None is the bundle's own.
 
-    `height` and `width` in pixels. Image i uses `seed + i`.
+    `height` and `width` in pixels. Image i uses `seed + i`. `picture` is what to begin with, `strength` None
+    if there is none.
     """
 
     prompt: str
@@ -31,6 +38,18 @@ class Settings:
     prompt_weights: bool = False
     clip_skip: int = 0
     guidance_rescale: float = 0.0
+    strength: float | None = None
+    picture: Image.Image | None = None
+
+    @property
+    def begin(self) -> int:
+        """How many of the first steps are left out, since the picture that was handed in is there already.
+
+        As diffusers counts them: `strength` of the steps are taken, rounded down.
+        """
+        if self.strength is None:
+            return 0
+        return self.num_inference_steps - int(self.num_inference_steps * self.strength)
 
     @property
     def branches(self) -> int:
@@ -47,6 +66,8 @@ class Request:
     `clip_skip` leaves out the last layers of the text encoder for the prompt, as in diffusers: 1 takes the
     penultimate layer's states, None or 0 all layers. `guidance_rescale`, between 0 and 1, brings the contrast
     that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
+    `image` is a picture to begin with; without `height` and `width` its own size is taken, rounded down to
+    what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8.
     """
 
     prompt: str
@@ -63,6 +84,8 @@ class Request:
     prompt_weights: bool = False
     clip_skip: int | None = None
     guidance_rescale: float = 0.0
+    image: Source | None = None
+    strength: float | None = None
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -72,9 +95,13 @@ class Request:
         Raises RequestError naming the value and what to do.
         """
         defaults = manifest.defaults
+        height, width = defaults.height, defaults.width
+        picture = None if self.image is None else read_picture(self.image)
+        if picture is not None and self.height is None and self.width is None:
+            height, width = fitting_size(picture, manifest.latent.multiple)
         steps, guidance = self.num_inference_steps, self.guidance_scale
         count = _whole("num_images", self.num_images, 1)
-        return Settings(
+        settings = Settings(
             prompt=_text("prompt", self.prompt),
             negative_prompt=_text("negative_prompt", self.negative_prompt),
             num_inference_steps=_whole(
@@ -85,21 +112,37 @@ class Request:
             ),
             sampler=None if self.sampler is None else _text("sampler", self.sampler),
             seed=_seed(self.seed, count),
-            height=_side("height", defaults.height if self.height is None else self.height, manifest.latent),
-            width=_side("width", defaults.width if self.width is None else self.width, manifest.latent),
+            height=_side("height", height if self.height is None else self.height, manifest.latent),
+            width=_side("width", width if self.width is None else self.width, manifest.latent),
             num_images=count,
             eta=_eta(self.eta),
             long_prompts=_flag("long_prompts", self.long_prompts),
             prompt_weights=_flag("prompt_weights", self.prompt_weights),
             clip_skip=_whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
             guidance_rescale=_share("guidance_rescale", self.guidance_rescale),
+            strength=_strength(self.strength, picture),
+            picture=picture,
         )
+        if settings.begin == settings.num_inference_steps:
+            raise RequestError(
+                f"strength {settings.strength} of {settings.num_inference_steps} steps is no step at all: raise "
+                f"it to {1 / settings.num_inference_steps:.3g} or more, or take more steps"
+            )
+        return settings
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{name} is {value!r}: it should be a text")
     return value
+
+
+def _strength(value: object, picture: Image.Image | None) -> float | None:
+    if picture is None:
+        if value is not None:
+            raise RequestError(f"strength is {value!r}, but there is no image to paint over: hand one in")
+        return None
+    return STRENGTH if value is None else _share("strength", value)
 
 
 def _flag(name: str, value: object) -> bool:

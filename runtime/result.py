@@ -48,6 +48,7 @@ class Parameters:
     prompt_weights: bool = False
     clip_skip: int = 0
     guidance_rescale: float = 0.0
+    strength: float | None = None
 
 
 @dataclass(frozen=True)

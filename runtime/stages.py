@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from allaprima.bundle import BundleError, Latent
+from allaprima.bundle import BundleError, Latent, RequestError
 from allaprima.runtime.chunks import Chunk, apply_weights
 from allaprima.runtime.memory import Block, Tensor
 from allaprima.runtime.samplers import Table, idle_row
@@ -79,6 +79,33 @@ class TextEncoder:
             binding = self._session.bind({**given.tensors, **made.tensors})
             self._bound[count] = given, made, binding
         return self._bound[count]
+
+
+class Encoder:
+    """Pictures of one size to latents, one at a time."""
+
+    def __init__(self, session: Session, latent: Latent, height: int, width: int) -> None:
+        """Allocate for pictures of `height` x `width` pixels. RequestError if the bundle's graph is too old."""
+        if "deviation" not in session.outputs:
+            raise RequestError(
+                "the bundle's image encoder is of an older allaprima: export the checkpoint again"
+            )
+        shape = 1, latent.channels, height // latent.downscale, width // latent.downscale
+        self._image = session.memory.allocate({"image": ((1, 3, height, width), np.float32)})
+        self._latents = session.memory.allocate({"mean": (shape, np.float32), "deviation": (shape, np.float32)})
+        self._binding = session.bind({**self._image.tensors, **self._latents.tensors})
+
+    def encode(self, image: Floats) -> tuple[Floats, Floats]:
+        """Mean and standard deviation [C,H,W] of the latents of an image [1,3,height,width] in [-1,1].
+
+        Valid until the next call. Raises BackendError.
+        """
+        self._image.tensors["image"].array[...] = image
+        self._image.push()
+        self._binding.run()
+        self._latents.pull()
+        mean, deviation = (self._latents.tensors[name].array[0] for name in ("mean", "deviation"))
+        return mean, deviation
 
 
 class Decoder:

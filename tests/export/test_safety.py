@@ -113,5 +113,5 @@ def test_checkpoints_without_one(checkpoint: Checkpoint, tmp_path: Path) -> None
     assert not safety.has_safety_checker(Checkpoint(tmp_path, checkpoint.index))
     (tmp_path / "safety_checker").mkdir()
     (tmp_path / "safety_checker" / "config.json").write_text("{}")
-    with pytest.raises(ExportError, match="the safety checker in .* is not usable"):
+    with pytest.raises(ExportError, match=r"the safety checker in .* is not usable"):
         safety.write_settings(Checkpoint(tmp_path, checkpoint.index), tmp_path / "settings.json")

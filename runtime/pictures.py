@@ -1,0 +1,76 @@
+"""Pictures that are handed in: opened with care, and made into what the image encoder takes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from allaprima.bundle import RequestError
+
+Source = Image.Image | NDArray[np.uint8] | bytes | str | Path
+"""A Pillow image, an array [height,width,3] of 8 bits, a file's contents, or its path."""
+MOST_PIXELS = 1 << 26
+"""A larger picture is refused by what its header says, before anything is unpacked."""
+
+
+def read_picture(source: Source, name: str = "image") -> Image.Image:
+    """The picture as RGB, turned as its EXIF data says; what is transparent becomes white.
+
+    Raises RequestError: not a picture, damaged, or of more than `MOST_PIXELS` pixels.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise RequestError(
+                f"{name} is an array {source.dtype} {list(source.shape)}: it should be uint8 [height, width, 3]"
+            )
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    what = f"{name} {source}" if isinstance(source, (str, Path)) else name
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            _check_size(opened, what)
+            return _to_rgb(opened)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:
+        told = cause.strerror if isinstance(cause, OSError) else None
+        raise RequestError(f"{what} cannot be read: {told or 'not a picture, or damaged'}") from cause
+
+
+def _check_size(image: Image.Image, what: str) -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise RequestError(
+            f"{what} has {width} x {height} pixels: at most {MOST_PIXELS} are taken, make it smaller"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    _check_size(image, "image")
+    turned = ImageOps.exif_transpose(image)
+    if "A" in turned.getbands() or "transparency" in turned.info:
+        with_alpha = turned.convert("RGBA")
+        ground = Image.new("RGBA", with_alpha.size, "white")
+        turned = Image.alpha_composite(ground, with_alpha)
+    return turned.convert("RGB")
+
+
+def fitting_size(image: Image.Image, multiple: int) -> tuple[int, int]:
+    """Height and width of a picture, rounded down to multiples; RequestError if nothing is left."""
+    width, height = (side // multiple * multiple for side in image.size)
+    if not (width and height):
+        raise RequestError(
+            f"image has {image.size[0]} x {image.size[1]} pixels: the model needs at least {multiple} a side, "
+            "make it larger or name a size"
+        )
+    return height, width
+
+
+def encodable(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
+    """[1,3,height,width] in [-1,1], resized with Lanczos' filter, as diffusers' VaeImageProcessor does it."""
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    values = np.asarray(resized, np.float32) / 255
+    return np.ascontiguousarray((2 * values - 1).transpose(2, 0, 1)[None])
