@@ -22,12 +22,15 @@ def run(options: argparse.Namespace) -> None:
         print_json([asdict(info) for info in infos])
         return
     print_table(
-        ("name", "also known as", "noise", "description"),
+        ("name", "also known as", "calls per step", "noise", "history", "arguments", "description"),
         [
             (
                 info.name,
                 ", ".join((info.title, *info.aliases)),
-                "yes" if info.noise else "no",
+                str(info.calls),
+                info.noise,
+                str(info.history),
+                ", ".join(info.arguments),
                 info.description,
             )
             for info in infos

@@ -9,7 +9,7 @@ import itertools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -35,6 +35,7 @@ class Training:
     """
 
     sampler: ClassVar[str]
+    beta_schedules: ClassVar[tuple[str, ...]] = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -100,6 +101,19 @@ def require(options: Training, name: str, *supported: object) -> None:
         )
 
 
+def refuse_custom(reason: str | bool | None, sampler: str, what: str) -> None:
+    """Refuse custom timesteps or sigmas because of the option ``reason``, if there is one.
+
+    Raises:
+        RequestError: there is.
+    """
+    if reason:
+        raise RequestError(
+            f"sampler {sampler!r} cannot take custom {what} together with the scheduler option {reason}:"
+            " leave one of them out"
+        )
+
+
 def training_betas(options: Training) -> F32:
     """The betas of training, float32 [T], bit-equal to the table of diffusers.
 
@@ -115,7 +129,7 @@ def training_betas(options: Training) -> F32:
                 f"trained_betas has {len(options.trained_betas)} entries, num_train_timesteps is {count}"
             )
         return np.array(options.trained_betas, np.float32)
-    require(options, "beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2")
+    require(options, "beta_schedule", *options.beta_schedules)
     if not (0 <= options.beta_start < 1 and 0 <= options.beta_end < 1):
         raise RequestError(
             f"beta_start={options.beta_start} and beta_end={options.beta_end} are not within 0 to 1"
@@ -124,7 +138,7 @@ def training_betas(options: Training) -> F32:
         return _linspace(options.beta_start, options.beta_end, count)
     if options.beta_schedule == "scaled_linear":
         return np.square(_linspace(math.sqrt(options.beta_start), math.sqrt(options.beta_end), count))
-    return _cosine_betas(count)
+    return _bar_betas(_cosine_bar if options.beta_schedule == "squaredcos_cap_v2" else _exp_bar, count)
 
 
 def training_alphas(options: Training, *, zero_snr: bool = False, positive: bool = False) -> F32:
@@ -168,12 +182,21 @@ def _running_product(values: F32) -> F32:
     return np.cumprod(values, dtype=np.float64).astype(np.float32)
 
 
-def _cosine_betas(count: int) -> F32:
-    """Nichol and Dhariwal 2021, equation 17, capped at 0.999."""
-    bars = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+def _bar_betas(bar: Callable[[float], float], count: int) -> F32:
+    """Betas, capped at 0.999, of a cumulative product that is a function of time from 0 to 1."""
+    bars = [bar(i / count) for i in range(count + 1)]
     return np.array(
         [min(1 - after / before, 0.999) for before, after in itertools.pairwise(bars)], np.float32
     )
+
+
+def _cosine_bar(time: float) -> float:
+    """Nichol and Dhariwal 2021, equation 17."""
+    return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _exp_bar(time: float) -> float:
+    return math.exp(-12 * time)
 
 
 def spaced_timesteps(options: Training, steps: int) -> F64:

@@ -3,14 +3,20 @@
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions
-from allaprima.runtime.samplers.dpm import DPMOptions
+from allaprima.runtime.samplers.consistency import LCMOptions, TCDOptions
+from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions, UnCLIPOptions
+from allaprima.runtime.samplers.deis import DEISOptions
+from allaprima.runtime.samplers.dpm import DPMOptions, SinglestepOptions
 from allaprima.runtime.samplers.euler import AncestralOptions, EulerOptions
+from allaprima.runtime.samplers.flow import FlowEulerOptions, FlowHeunOptions
+from allaprima.runtime.samplers.heun import HeunOptions, KDPM2Options
+from allaprima.runtime.samplers.lms import LMSOptions
 from allaprima.runtime.samplers.pndm import PNDMOptions
+from allaprima.runtime.samplers.unipc import UniPCOptions
 from allaprima.runtime.schedule import Training
 
 
@@ -28,12 +34,16 @@ class SamplerInfo:
     """Further names."""
     description: str
     """One line."""
-    noise: bool
-    """Whether it may draw noise after the initial sample."""
-    history: int
-    """How many earlier predictions it needs, in its usual configuration."""
     options: tuple[str, ...]
     """The fields of a scheduler configuration that it reads."""
+    calls: int = 1
+    """How often a step calls the model; where this is 2, the last step does once."""
+    noise: Literal["no", "yes", "with eta", "with s_churn"] = "no"
+    """Whether it draws noise after the initial sample, once a step at most."""
+    history: int = 0
+    """How many earlier predictions it needs, in its usual configuration."""
+    arguments: tuple[str, ...] = ()
+    """The arguments of ``make_table`` that mean something to it."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields that the name itself sets, whatever the configuration says."""
 
@@ -68,64 +78,182 @@ def _folded(name: str) -> str:
     return re.sub(r"[\s_\-.]", "", name.lower().replace("++", "pp")).removesuffix("scheduler")
 
 
-def _dpm(suffix: str, title: str, description: str, noise: bool, overrides: Mapping[str, Any]) -> SamplerInfo:
-    name, options = f"dpmpp_2m{suffix}", _fields(DPMOptions)
-    aliases = (f"k_{name}", f"DPM-Solver{title.removeprefix('DPM')}")
-    scheduler = "DPMSolverMultistepScheduler"
-    return SamplerInfo(name, title, scheduler, aliases, description, noise, 1, options, overrides)
-
-
 def _fields(kind: type[Training]) -> tuple[str, ...]:
     return tuple(option.name for option in fields(kind))
 
 
-_KARRAS = {"use_karras_sigmas": True}
+def _info(
+    kind: type[Training], title: str, scheduler: str, description: str, *aliases: str, **rest: Any
+) -> SamplerInfo:
+    name = rest.pop("name", kind.sampler)
+    return SamplerInfo(name, title, f"{scheduler}Scheduler", aliases, description, _fields(kind), **rest)
+
+
+def _spaced(plain: SamplerInfo, suffix: str) -> SamplerInfo:
+    """A variant on "karras" or "exponential" sigmas."""
+    return replace(
+        plain,
+        name=f"{plain.name}_{suffix}",
+        title=f"{plain.title} {suffix.title()}",
+        aliases=tuple(f"{alias} {suffix.title()}" for alias in plain.aliases),
+        description=f"{plain.title} on {suffix.title()} sigmas.",
+        arguments=tuple(name for name in plain.arguments if name not in ("timesteps", "sigmas")),
+        overrides={**plain.overrides, f"use_{suffix}_sigmas": True},
+    )
+
+
+def _with_variants(*plain: SamplerInfo) -> tuple[SamplerInfo, ...]:
+    """Each sampler, on Karras sigmas where its class can; DPM++'s multistep also on exponential ones."""
+    listed: list[SamplerInfo] = []
+    for info in plain:
+        listed.append(info)
+        if "use_karras_sigmas" in info.options and info.name not in ("flow_euler", "flow_heun"):
+            listed.append(_spaced(info, "karras"))
+        if info.scheduler == "DPMSolverMultistepScheduler":
+            listed.append(_spaced(info, "exponential"))
+    return tuple(listed)
+
+
+_LISTED = ("timesteps",)
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
-_SAMPLERS = (
-    SamplerInfo(
-        *("ddim", "DDIM", "DDIMScheduler"),
-        aliases=(),
-        description="First order on listed timesteps; deterministic, or with noise by eta.",
-        noise=True,
-        history=0,
-        options=_fields(DDIMOptions),
+_DPM, _SINGLE = (DPMOptions, "DPMSolverMultistep"), (SinglestepOptions, "DPMSolverSinglestep")
+_SAMPLERS = _with_variants(
+    _info(
+        *(DDIMOptions, "DDIM", "DDIM"),
+        "First order on listed timesteps; deterministic, or with noise by eta.",
+        noise="with eta",
+        arguments=("eta",),
     ),
-    SamplerInfo(
-        *("ddpm", "DDPM", "DDPMScheduler"),
-        aliases=(),
-        description="The ancestral sampler of training; wants many steps.",
-        noise=True,
-        history=0,
-        options=_fields(DDPMOptions),
+    _info(
+        *(DDPMOptions, "DDPM", "DDPM", "The ancestral sampler of training; wants many steps."),
+        noise="yes",
+        arguments=_LISTED,
     ),
-    SamplerInfo(
-        *("pndm", "PNDM", "PNDMScheduler"),
-        aliases=("PLMS",),
-        description="Fourth-order linear multistep; calls the model once more than there are steps.",
-        noise=False,
+    _info(
+        *(PNDMOptions, "PNDM", "PNDM"),
+        "Fourth-order linear multistep; calls the model once more than there are steps.",
+        "PLMS",
         history=4,
-        options=_fields(PNDMOptions),
     ),
-    SamplerInfo(
-        *("euler", "Euler", "EulerDiscreteScheduler"),
-        aliases=("k_euler",),
-        description="First order on the probability-flow ODE.",
-        noise=False,
-        history=0,
-        options=_fields(EulerOptions),
+    _info(
+        *(LMSOptions, "LMS", "LMSDiscrete", "Fourth-order linear multistep on uneven sigmas.", "k_lms"),
+        history=3,
+        arguments=("order",),
     ),
-    SamplerInfo(
-        *("euler_a", "Euler a", "EulerAncestralDiscreteScheduler"),
-        aliases=("Euler ancestral", "k_euler_a", "k_euler_ancestral"),
-        description="Euler with fresh noise at every step.",
-        noise=True,
-        history=0,
-        options=_fields(AncestralOptions),
+    _info(
+        *(EulerOptions, "Euler", "EulerDiscrete"),
+        "First order on the probability-flow ODE; noise by s_churn.",
+        "k_euler",
+        noise="with s_churn",
+        arguments=("s_churn", "timesteps", "sigmas"),
     ),
-    _dpm("", "DPM++ 2M", "Second-order multistep; good from 10 to 30 steps.", False, {}),
-    _dpm("_karras", "DPM++ 2M Karras", "DPM++ 2M on the sigmas of Karras et al.", False, _KARRAS),
-    _dpm("_sde", "DPM++ 2M SDE", "DPM++ 2M with fresh noise at every step.", True, _SDE),
-    _dpm("_sde_karras", "DPM++ 2M SDE Karras", "DPM++ 2M SDE on Karras' sigmas.", True, _SDE | _KARRAS),
+    _info(
+        *(AncestralOptions, "Euler a", "EulerAncestralDiscrete", "Euler with fresh noise at every step."),
+        *("Euler ancestral", "k_euler_a", "k_euler_ancestral"),
+        noise="yes",
+    ),
+    _info(
+        *(HeunOptions, "Heun", "HeunDiscrete", "Second order by the trapezoidal rule; two calls a step."),
+        "k_heun",
+        calls=2,
+        history=1,
+        arguments=_LISTED,
+    ),
+    _info(
+        *(KDPM2Options, "DPM2", "KDPM2Discrete", "Second order by the midpoint; two calls a step."),
+        *("k_dpm_2", "KDPM2"),
+        calls=2,
+        history=1,
+    ),
+    _info(
+        *(
+            KDPM2Options,
+            "DPM2 a",
+            "KDPM2AncestralDiscrete",
+            "DPM2 with fresh noise at every step but the last.",
+        ),
+        *("DPM2 ancestral", "k_dpm_2_a", "k_dpm_2_ancestral", "KDPM2 ancestral"),
+        name="dpm2_a",
+        calls=2,
+        noise="yes",
+        history=1,
+    ),
+    _info(
+        *(_DPM[0], "DPM++ 2M", _DPM[1], "Second-order multistep; good from 10 to 30 steps."),
+        *("k_dpmpp_2m", "DPM-Solver++ 2M"),
+        history=1,
+        arguments=_LISTED,
+    ),
+    _info(
+        *(_DPM[0], "DPM++ 2M SDE", _DPM[1], "DPM++ 2M with fresh noise at every step."),
+        *("k_dpmpp_2m_sde", "DPM-Solver++ 2M SDE"),
+        name="dpmpp_2m_sde",
+        noise="yes",
+        history=1,
+        arguments=_LISTED,
+        overrides=_SDE,
+    ),
+    _info(
+        *(_DPM[0], "DPM++ 3M SDE", _DPM[1], "Third-order multistep with fresh noise at every step."),
+        *("k_dpmpp_3m_sde", "DPM-Solver++ 3M SDE"),
+        name="dpmpp_3m_sde",
+        noise="yes",
+        history=2,
+        arguments=_LISTED,
+        overrides={**_SDE, "solver_order": 3},
+    ),
+    _info(
+        *(
+            _SINGLE[0],
+            "DPM++ 2S",
+            _SINGLE[1],
+            "DPM-Solver++ whose every other call starts over; one call a step.",
+        ),
+        *("DPM++ singlestep", "DPM-Solver++ 2S"),
+        history=1,
+        arguments=_LISTED,
+    ),
+    _info(
+        *(DEISOptions, "DEIS", "DEISMultistep", "Exponential multistep on the noise, in log-rho."), history=1
+    ),
+    _info(
+        *(UniPCOptions, "UniPC", "UniPCMultistep"),
+        "Multistep predictor with a corrector for free; good from 5 steps.",
+        history=2,
+        arguments=("sigmas",),
+    ),
+    _info(
+        *(LCMOptions, "LCM", "LCM", "For latent consistency models: 1 to 8 steps."),
+        noise="yes",
+        arguments=_LISTED,
+    ),
+    _info(
+        *(
+            TCDOptions,
+            "TCD",
+            "TCD",
+            "For trajectory consistency distillation, Hyper-SD: noise by eta (gamma).",
+        ),
+        noise="with eta",
+        arguments=("eta", "timesteps"),
+    ),
+    _info(*(UnCLIPOptions, "UnCLIP", "UnCLIP", "DDPM on a cosine schedule, for priors."), noise="yes"),
+    _info(
+        *(FlowEulerOptions, "Flow Euler", "FlowMatchEulerDiscrete", "Euler for rectified flows."),
+        "Flow match Euler",
+        arguments=("timesteps", "sigmas"),
+    ),
+    _info(
+        *(
+            FlowHeunOptions,
+            "Flow Heun",
+            "FlowMatchHeunDiscrete",
+            "Heun for rectified flows; two calls a step.",
+        ),
+        "Flow match Heun",
+        calls=2,
+        history=1,
+    ),
 )
 # Variants share their class, so the plain form, which comes first, must win.
 _SPELLINGS = {

@@ -1,20 +1,24 @@
-"""Samplers on the listed timesteps of a variance-preserving process: DDIM and DDPM."""
+"""Samplers on the listed timesteps of a variance-preserving process: DDIM, DDPM and UnCLIP."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allaprima.bundle.errors import RequestError
+from allaprima.runtime.samplers.run import Run
 from allaprima.runtime.samplers.table import NO_BOUND, Draft, denoised
 from allaprima.runtime.schedule import (
+    F64,
     PREDICTIONS,
     Training,
     read_options,
     require,
     spaced_timesteps,
     training_alphas,
+    training_betas,
     training_indices,
 )
 
@@ -44,8 +48,21 @@ class DDPMOptions(Training):
     rescale_betas_zero_snr: bool = False
 
 
-def ddim(config: Mapping[str, Any], steps: int, eta: float) -> Draft:
-    """Song et al. 2021, equations 12 and 16; ``eta`` is 0 for the ODE, 1 for the noise of DDPM."""
+@dataclass(frozen=True)
+class UnCLIPOptions(Training):
+    """Fields and defaults of ``UnCLIPScheduler``."""
+
+    sampler: ClassVar[str] = "unclip"
+    beta_schedules: ClassVar[tuple[str, ...]] = ("squaredcos_cap_v2",)
+
+    beta_schedule: str = "squaredcos_cap_v2"
+    variance_type: str = "fixed_small_log"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+
+
+def ddim(config: Mapping[str, Any], run: Run) -> Draft:
+    """Song et al. 2021, equations 12 and 16; ``run.eta`` is 0 for the ODE, 1 for the noise of DDPM."""
     options = read_options(DDIMOptions, config)
     require(options, "prediction_type", *PREDICTIONS)
     require(options, "thresholding", False)
@@ -56,19 +73,19 @@ def ddim(config: Mapping[str, Any], steps: int, eta: float) -> Draft:
             " where the configuration does not say): set it to false, as pipelines in a latent space do"
         )
     table = training_alphas(options, zero_snr=options.rescale_betas_zero_snr).astype(np.float64)
-    timesteps = training_indices(spaced_timesteps(options, steps), options)
-    previous = timesteps - options.num_train_timesteps // steps
+    timesteps = training_indices(spaced_timesteps(options, run.steps), options)
+    previous = timesteps - options.num_train_timesteps // run.steps
     final = 1.0 if options.set_alpha_to_one else table[0]
     a, p = table[timesteps], np.where(previous >= 0, table[np.maximum(previous, 0)], final)
     alpha, sigma = np.sqrt(a), np.sqrt(1 - a)
-    noise = eta * np.sqrt((1 - p) / (1 - a) * (1 - a / p))
+    noise = run.eta * np.sqrt((1 - p) / (1 - a) * (1 - a / p))
     direction = np.sqrt(np.maximum(1 - p - noise**2, 0)) / sigma
     update = np.stack([direction, np.sqrt(p) - direction * alpha, noise], axis=1)
     prediction = denoised(options.prediction_type, alpha, sigma)
-    return Draft(timesteps.astype(np.float64), prediction, update, draws=eta > 0)
+    return Draft(timesteps.astype(np.float64), prediction, update, draws=run.eta > 0)
 
 
-def ddpm(config: Mapping[str, Any], steps: int) -> Draft:
+def ddpm(config: Mapping[str, Any], run: Run) -> Draft:
     """Ho et al. 2020, equation 7, between listed timesteps; noise at every call but one at timestep 0."""
     options = read_options(DDPMOptions, config)
     require(options, "prediction_type", *PREDICTIONS)
@@ -76,12 +93,43 @@ def ddpm(config: Mapping[str, Any], steps: int) -> Draft:
     # DPM-Solver's configurations say None, which diffusers then takes as fixed_small.
     require(options, "variance_type", "fixed_small", "fixed_small_log", "fixed_large", None)
     table = training_alphas(options, zero_snr=options.rescale_betas_zero_snr).astype(np.float64)
-    timesteps = training_indices(spaced_timesteps(options, steps), options)
+    listed = spaced_timesteps(options, run.steps) if run.timesteps is None else run.timesteps
+    timesteps = training_indices(listed, options)
+    large = options.variance_type == "fixed_large"
     a = table[timesteps]
+    return _posterior(options, timesteps, a, 1 - a / np.append(a[1:], 1.0), large=large)
+
+
+def unclip(config: Mapping[str, Any], run: Run) -> Draft:
+    """DDPM's posterior on a cosine schedule, evenly from the last timestep to 0 (Ramesh et al. 2022)."""
+    options = read_options(UnCLIPOptions, config)
+    require(options, "prediction_type", "epsilon", "sample")
+    require(options, "variance_type", "fixed_small_log")
+    require(options, "trained_betas", None)
+    if run.steps < 2:
+        raise RequestError("num_inference_steps 1 is out of range: sampler 'unclip' takes 2 or more")
+    spaced = np.arange(run.steps)[::-1] * ((options.num_train_timesteps - 1) / (run.steps - 1))
+    timesteps = training_indices(spaced, options)
+    a = training_alphas(options).astype(np.float64)[timesteps]
+    # For a single timestep diffusers takes the beta of the schedule, which keeps more digits than 1 - a / p;
+    # at the last step, where they differ by 5e-4, it shows.
+    single = np.append(timesteps[1:], -1) == timesteps - 1
+    betas = training_betas(options).astype(np.float64)[timesteps]
+    return _posterior(options, timesteps, a, np.where(single, betas, 1 - a / np.append(a[1:], 1.0)))
+
+
+def _posterior(
+    options: DDPMOptions | UnCLIPOptions,
+    timesteps: NDArray[np.int64],
+    a: F64,
+    beta: F64,
+    *,
+    large: bool = False,
+) -> Draft:
+    """Steps of size ``beta`` between timesteps whose cumulative products are ``a``, [N] each."""
     p = np.append(a[1:], 1.0)
-    beta = 1 - a / p
-    clean, sample = np.sqrt(p) * beta / (1 - a), np.sqrt(a / p) * (1 - p) / (1 - a)
-    variance = beta if options.variance_type == "fixed_large" else np.maximum(beta * (1 - p) / (1 - a), 1e-20)
+    clean, sample = np.sqrt(p) * beta / (1 - a), np.sqrt(1 - beta) * (1 - p) / (1 - a)
+    variance = beta if large else np.maximum(beta * (1 - p) / (1 - a), 1e-20)
     noisy = timesteps > 0
     return Draft(
         timesteps.astype(np.float64),

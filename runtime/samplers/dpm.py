@@ -1,177 +1,263 @@
-"""DPM-Solver++, multistep, orders 1 to 3, ODE and SDE (Lu et al. 2022, arXiv 2211.01095).
+"""DPM-Solver and DPM-Solver++, multistep and singlestep, orders 1 to 3, ODE and SDE.
 
-alpha and sigma are those of the variance-preserving sample, lambda = ln(alpha / sigma).
+Lu et al. 2022, arXiv 2206.00927 (noise prediction) and 2211.01095 (data prediction, "++").
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.samplers.table import Draft, denoised
-from allaprima.runtime.schedule import (
-    F32,
-    F64,
-    PREDICTIONS,
-    SPACINGS,
-    Training,
-    exponential_sigmas,
-    karras_sigmas,
-    read_options,
-    require,
-    sigmas_of,
-    timesteps_of,
-    trailing_timesteps,
-    training_alphas,
-    training_indices,
+from allaprima.runtime.samplers.lambda_space import (
+    FEW_STEPS,
+    LambdaOptions,
+    Path,
+    check,
+    clean_of,
+    flow_sigmas,
+    lambda_schedule,
+    noise_of,
+    path_of,
+    training_table,
 )
+from allaprima.runtime.samplers.recall import NOISE, SAMPLE, carried, past
+from allaprima.runtime.samplers.run import Run
+from allaprima.runtime.samplers.table import Draft
+from allaprima.runtime.schedule import F64, PREDICTIONS, read_options, require
 
-_FEW_STEPS = 15  # below this, lower_order_final applies
+# Those of DEIS and UniPC stand for the usual ones in diffusers, so that configurations can cross over.
+_ALGORITHMS = {"deis": "dpmsolver++"}
+_SOLVERS = {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
 
 
 @dataclass(frozen=True)
-class DPMOptions(Training):
-    """Fields and defaults of ``DPMSolverMultistepScheduler``.
+class SinglestepOptions(LambdaOptions):
+    """Fields and defaults of ``DPMSolverSinglestepScheduler``; it has no ``timestep_spacing``."""
 
-    ``sigma_min`` and ``sigma_max`` are no parameters of that class, but it reads them where the configuration
-    of another scheduler left them.
-    """
+    sampler: ClassVar[str] = "dpmpp_2s"
 
-    sampler: ClassVar[str] = "dpmpp_2m"
-
-    timestep_spacing: str = "linspace"
-    solver_order: int = 2
-    thresholding: bool = False
+    lower_order_final: bool = False
     algorithm_type: str = "dpmsolver++"
     solver_type: str = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    use_karras_sigmas: bool | None = False
-    use_exponential_sigmas: bool | None = False
-    use_beta_sigmas: bool | None = False
-    use_lu_lambdas: bool | None = False
-    use_flow_sigmas: bool | None = False
     final_sigmas_type: str = "zero"
     lambda_min_clipped: float = -math.inf
     variance_type: str | None = None
+
+    @property
+    def data(self) -> bool:
+        """Whether the solver works on predictions of the clean sample."""
+        return self.algorithm_type.endswith("++")
+
+    @property
+    def sde(self) -> bool:
+        """Whether noise is drawn at every call."""
+        return self.algorithm_type.startswith("sde")
+
+
+_Options = TypeVar("_Options", bound=SinglestepOptions)
+
+
+@dataclass(frozen=True)
+class DPMOptions(SinglestepOptions):
+    """Fields and defaults of ``DPMSolverMultistepScheduler``."""
+
+    sampler: ClassVar[str] = "dpmpp_2m"
+
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    use_lu_lambdas: bool | None = False
     rescale_betas_zero_snr: bool = False
-    use_dynamic_shifting: bool = False
-    sigma_min: float | None = None
-    sigma_max: float | None = None
 
 
-def dpm(config: Mapping[str, Any], steps: int) -> Draft:
-    """The data-prediction solver of the paper; noise at every call if ``algorithm_type`` is the SDE."""
-    options = read_options(DPMOptions, config)
-    _check(options)
-    timesteps, sigmas = _schedule(options, steps)
-    scale = 1 / np.sqrt(sigmas**2 + 1)
+class Terms(NamedTuple):
+    """One step of the integrator: ``sample * x + zeroth * D0 + first * D1 + second * D2 + noise * z``.
+
+    D0 is the prediction at the start, D1 and D2 its derivatives in units of the step. ``middle`` is the
+    factor of D1 by the midpoint rule, ``first`` that by the exact integral.
+    """
+
+    sample: float
+    zeroth: float
+    middle: float
+    first: float
+    second: float
+    noise: float
+
+
+def dpm(config: Mapping[str, Any], run: Run) -> Draft:
+    """Multistep: the derivatives come from the predictions of earlier calls."""
+    options = _adopted(read_options(DPMOptions, config))
+    if options.algorithm_type == "sde-dpmsolver":
+        require(options, "solver_order", 1, 2)
+    timesteps, path = _path(options, run)
     calls = len(timesteps)
-    update = np.zeros((calls, 3 + options.solver_order - 1))
+    rows = []
     for call in range(calls):
         order = min(_order(options, call, calls), call + 1)
-        row = _row(options, sigmas[call + 1 - order : call + 2], order)
-        update[call, : len(row)] = row
-    prediction = denoised(options.prediction_type, scale[:-1], (sigmas * scale)[:-1])
-    return Draft(timesteps, prediction, update, draws=options.algorithm_type.startswith("sde"))
+        rows.append(_multistep(options, path, call, order))
+    return _draft(options, timesteps, path, rows, history=options.solver_order - 1)
 
 
-def _check(options: DPMOptions) -> None:
-    require(options, "prediction_type", *PREDICTIONS)
-    require(options, "timestep_spacing", *SPACINGS)
-    require(options, "solver_order", 1, 2, 3)
-    require(options, "algorithm_type", "dpmsolver++", "sde-dpmsolver++")
-    # Those of DEIS and UniPC stand for "midpoint" in diffusers, so that configurations can cross over.
-    require(options, "solver_type", "midpoint", "heun", "logrho", "bh1", "bh2")
+def singlestep(config: Mapping[str, Any], run: Run) -> Draft:
+    """Singlestep: calls of rising order from one sample, then from the next; as many calls as steps."""
+    options = _adopted(
+        dataclasses.replace(read_options(SinglestepOptions, config), timestep_spacing="linspace")
+    )
+    if options.sde and options.solver_order > 1:
+        # Going back to the sample before a noise was added takes that noise, besides the new one.
+        require(options, "algorithm_type", "dpmsolver", "dpmsolver++")
+    timesteps, path = _path(options, run)
+    rows: list[F64] = []
+    start = SAMPLE
+    for call, order in enumerate(_orders(options, len(timesteps))):
+        start = SAMPLE if order == 1 else carried(start, rows[-1])
+        rows.append(_singlestep(options, path, call, order, start))
+    return _draft(options, timesteps, path, rows, history=options.solver_order - 1)
+
+
+def _adopted(options: _Options) -> _Options:
+    """Checked, with the names of other schedulers replaced."""
+    _check(options)
+    return dataclasses.replace(
+        options,
+        algorithm_type=_ALGORITHMS.get(options.algorithm_type, options.algorithm_type),
+        solver_type=_SOLVERS.get(options.solver_type, options.solver_type),
+    )
+
+
+def _check(options: SinglestepOptions) -> None:
+    check(options)
+    multistep = ("sde-dpmsolver",) if isinstance(options, DPMOptions) else ()
+    known = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", *multistep, *_ALGORITHMS)
+    require(options, "algorithm_type", *known)
+    require(options, "solver_type", "midpoint", "heun", *_SOLVERS)
     require(options, "final_sigmas_type", "zero", "sigma_min")
-    for name in ("thresholding", "use_beta_sigmas", "use_flow_sigmas", "use_dynamic_shifting"):
-        require(options, name, False, None)
     if options.variance_type in ("learned", "learned_range"):
         require(options, "variance_type", None, "fixed_small", "fixed_large")
+    if not options.data:
+        require(options, "prediction_type", *PREDICTIONS)
+    # diffusers, too, refuses this for "deis", although it means "dpmsolver++" there.
+    if not options.data and options.final_sigmas_type == "zero":
+        raise RequestError(
+            f"sampler {options.sampler!r} cannot honour final_sigmas_type='zero' together with"
+            f" algorithm_type={options.algorithm_type!r}: set it to 'sigma_min'"
+        )
+
+
+def _path(options: SinglestepOptions, run: Run) -> tuple[F64, Path]:
+    """Timesteps [N] and the path of ``set_timesteps``."""
+    multistep = options if isinstance(options, DPMOptions) else None
+    zero_snr = multistep is not None and multistep.rescale_betas_zero_snr
+    uniform = multistep is not None and bool(multistep.use_lu_lambdas)
+    if options.use_flow_sigmas:
+        if uniform:
+            raise RequestError("scheduler options use_flow_sigmas and use_lu_lambdas exclude each other")
+        sigmas = flow_sigmas(options, run.steps)
+        timesteps = np.trunc(sigmas * options.num_train_timesteps)
+    else:
+        rounded = multistep is None or options.beta_schedule != "squaredcos_cap_v2"
+        timesteps, sigmas = lambda_schedule(
+            options,
+            run,
+            zero_snr=zero_snr,
+            rounded=rounded,
+            uniform=uniform,
+            clip=options.lambda_min_clipped,
+        )
+    last = 0.0
+    if options.final_sigmas_type == "sigma_min":
+        last = float(training_table(options, zero_snr=zero_snr)[0])
+    return timesteps, path_of(options, sigmas, last)
+
+
+def _draft(options: SinglestepOptions, timesteps: F64, path: Path, rows: list[F64], *, history: int) -> Draft:
+    prediction = clean_of(options, path) if options.data else noise_of(options, path)
+    return Draft(timesteps, prediction, np.stack(rows)[:, : 3 + history], draws=options.sde)
 
 
 def _order(options: DPMOptions, call: int, calls: int) -> int:
     """The order at this call, apart from the history being short at the start."""
-    few = options.lower_order_final and calls < _FEW_STEPS
+    few = options.lower_order_final and calls < FEW_STEPS
     if call == calls - 1 and (options.euler_at_final or few or options.final_sigmas_type == "zero"):
         return 1
     return min(options.solver_order, 2) if call == calls - 2 and few else options.solver_order
 
 
-def _row(options: DPMOptions, sigmas: F64, order: int) -> F64:
-    """One row of the update, from the ``order + 1`` sigmas that it spans, in descending order.
+def _orders(options: SinglestepOptions, calls: int) -> list[int]:
+    """The orders of the calls: 1 to ``solver_order`` over and over, lower at the end if need be."""
+    most = options.solver_order
+    lower = options.lower_order_final or calls % most != 0 or options.final_sigmas_type == "zero"
+    if lower and most > 1:
+        whole, rest = divmod(calls, most)
+        full, last = [*range(1, most + 1)], [*range(1, most), 1]
+        orders = full * (whole - 1) + last if rest == 0 else full * whole + [*range(1, rest + 1)]
+    else:
+        orders = [*range(1, most + 1)] * (calls // most)
+    if options.final_sigmas_type == "zero":
+        orders[-1] = 1
+    return orders
 
-    The derivatives of the prediction are written over (m0, m1, m2), newest first. The ODE and the SDE share
-    their formulas if the span of lambda counts double in the SDE.
+
+def _terms(options: SinglestepOptions, path: Path, start: int, end: int) -> Terms:
+    """Integrate from one point of the path to another.
+
+    Noise prediction is data prediction with alpha and sigma exchanged, so that lambda changes its sign. The
+    SDE shares the formulas of the ODE if the span of lambda counts double.
     """
-    log = [-math.log(sigma) if sigma > 0 else math.inf for sigma in sigmas]
-    h = log[-1] - log[-2]
-    alpha, sigma = 1 / math.hypot(sigmas[-1], 1), sigmas[-1] / math.hypot(sigmas[-1], 1)
-    ratio = sigma * math.hypot(sigmas[-2], 1) / sigmas[-2]
-    sde = options.algorithm_type.startswith("sde")
-    span = 2 * h if sde else h
+    h = float(path.lambdas[end] - path.lambdas[start])
+    scale, other = (path.alpha, path.sigma) if options.data else (path.sigma, path.alpha)
+    doubled = options.sde and options.data
+    span = (2 * h if doubled else h) * (1 if options.data else -1)
     gain = -math.expm1(-span)
-    weights = np.array([alpha * gain, 0, 0])
-    if order > 1:
-        first = np.array([1, -1, 0]) / (log[-2] - log[-3])
-        slope = 1 - (gain / span if span else 1)
-        if order == 2:
-            weights += alpha * h * (slope if options.solver_type == "heun" else gain / 2) * first
-        else:
-            second = np.array([0, 1, -1]) / (log[-3] - log[-4])
-            bend = (first - second) / (log[-2] - log[-4])
-            weights += alpha * h * slope * (first + (log[-2] - log[-3]) * bend)
-            # With -1/2 this vanishes with the span, as it should; diffusers adds 1/2 for the SDE, so we do.
-            curve = (span - gain) / span**2 + (0.5 if sde else -0.5) if span else 0
-            weights -= alpha * h**2 * curve * bend
-    noise = sigma * math.sqrt(max(gain, 0)) if sde else 0.0
-    return np.array([ratio * math.exp(-h) if sde else ratio, weights[0], noise, *weights[1:order]])
+    flat = not span or math.isinf(span)
+    slope = 0.0 if flat else 1 - gain / span
+    # With -1/2 this vanishes with the span, as it should; diffusers adds 1/2 for the SDE, so we do.
+    bend = 0.0 if flat else (span - gain) / span**2 + (0.5 if doubled else -0.5)
+    weight = scale[end] * (2 if options.sde and not options.data else 1)
+    sample = other[end] / other[start] * (math.exp(-h) if doubled else 1)
+    noise = 0.0
+    if options.sde:
+        noise = path.sigma[end] * math.sqrt(-math.expm1(-2 * h) if options.data else math.expm1(2 * h))
+    return Terms(sample, weight * gain, weight * gain / 2, weight * slope, -weight * bend, noise)
 
 
-def _schedule(options: DPMOptions, steps: int) -> tuple[F64, F64]:
-    """Timesteps [N] and sigmas [N + 1] of ``DPMSolverMultistepScheduler.set_timesteps``."""
-    alphas = training_alphas(options, zero_snr=options.rescale_betas_zero_snr, positive=True)
-    table = sigmas_of(alphas)
-    names = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas")
-    chosen = [name for name in names if getattr(options, name)]
-    if "use_karras_sigmas" in chosen and "use_exponential_sigmas" in chosen:
-        raise RequestError(
-            "scheduler options use_karras_sigmas and use_exponential_sigmas exclude each other"
-        )
-    if chosen:
-        timesteps, sigmas = _respaced(options, chosen[0], table, steps)
-    else:
-        timesteps = _listed(options, alphas, steps)
-        sigmas = np.interp(timesteps, np.arange(len(table)), table)
-    last = 0.0 if options.final_sigmas_type == "zero" else float(table[0])
-    # Rounded as diffusers does, which keeps its schedule in float32 and its timesteps in integers.
-    return np.trunc(timesteps), np.append(sigmas, last).astype(np.float32).astype(np.float64)
+def _multistep(options: DPMOptions, path: Path, call: int, order: int) -> F64:
+    terms = _terms(options, path, call, call + 1)
+    row: F64 = terms.sample * SAMPLE + terms.zeroth * past(0) + terms.noise * NOISE
+    if order == 1:
+        return row
+    # The newest step first.
+    steps: F64 = np.diff(path.lambdas[call - order + 1 : call + 2])[::-1]
+    newer: F64 = steps[0] / steps[1] * (past(0) - past(1))
+    if order == 2:
+        return row + (terms.first if options.solver_type == "heun" else terms.middle) * newer
+    both = steps[1] + steps[2]
+    change: F64 = newer - steps[0] / steps[2] * (past(1) - past(2))
+    slope: F64 = newer + steps[1] / both * change
+    bend: F64 = steps[0] / both * change
+    return row + terms.first * slope + terms.second * bend
 
 
-def _respaced(options: DPMOptions, how: str, table: F32, steps: int) -> tuple[F64, F64]:
-    low, high = float(table[0]), float(table[-1])
-    if how != "use_lu_lambdas":
-        low = low if options.sigma_min is None else options.sigma_min
-        high = high if options.sigma_max is None else options.sigma_max
-    # Lu's uniform lambdas are the exponential sigmas, but for the rounding of their timesteps.
-    sigmas = (karras_sigmas if how == "use_karras_sigmas" else exponential_sigmas)(low, high, steps)
-    timesteps = timesteps_of(sigmas, table)
-    if how != "use_exponential_sigmas" and options.beta_schedule != "squaredcos_cap_v2":
-        timesteps = np.round(timesteps)
-    return timesteps, sigmas
-
-
-def _listed(options: DPMOptions, alphas: F32, steps: int) -> F64:
-    """Timesteps by ``timestep_spacing``: one more than asked for, of which the last is left out."""
-    lambdas = np.log(np.sqrt(alphas)) - np.log(np.sqrt(np.float32(1) - alphas))
-    last = options.num_train_timesteps - int(np.searchsorted(lambdas[::-1], options.lambda_min_clipped))
-    if options.timestep_spacing == "linspace":
-        timesteps = np.round(np.linspace(0, last - 1, steps + 1))[:0:-1]
-    elif options.timestep_spacing == "leading":
-        timesteps = np.arange(steps, 0, -1, dtype=np.float64) * (last // (steps + 1)) + options.steps_offset
-    else:
-        timesteps = trailing_timesteps(last, options.num_train_timesteps / steps)
-    return training_indices(timesteps, options).astype(np.float64)
+def _singlestep(options: SinglestepOptions, path: Path, call: int, order: int, start: F64) -> F64:
+    """From the sample ``order - 1`` calls ago, whose form is ``start``, to the next one."""
+    origin = call - order + 1
+    terms = _terms(options, path, origin, call + 1)
+    row: F64 = terms.sample * start + terms.zeroth * past(order - 1) + terms.noise * NOISE
+    if order == 1:
+        return row
+    spans = path.lambdas[origin + 1 : call + 2] - path.lambdas[origin]
+    ratios: F64 = spans[:-1] / spans[-1]
+    newest: F64 = (past(0) - past(order - 1)) / ratios[-1]
+    if order == 2:
+        return row + (terms.first if options.solver_type == "heun" else terms.middle) * newest
+    if options.solver_type == "midpoint":
+        return row + terms.first * newest
+    older: F64 = (past(1) - past(2)) / ratios[0]
+    apart = ratios[1] - ratios[0]
+    slope: F64 = (ratios[1] * older - ratios[0] * newest) / apart
+    bend: F64 = 2 / apart * (newest - older)
+    return row + terms.first * slope + terms.second * bend

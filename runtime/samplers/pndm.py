@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from allaprima.runtime.samplers.run import Run
 from allaprima.runtime.samplers.table import Draft
 from allaprima.runtime.schedule import (
     F64,
@@ -43,7 +44,7 @@ class PNDMOptions(Training):
     set_alpha_to_one: bool = False
 
 
-def pndm(config: Mapping[str, Any], steps: int) -> Draft:
+def pndm(config: Mapping[str, Any], run: Run) -> Draft:
     """Liu et al. 2022, equation 9 with linear multistep outputs; N + 1 calls for N > 1 steps.
 
     The second call starts again from the first sample. No slot holds that, but the first call was
@@ -52,8 +53,8 @@ def pndm(config: Mapping[str, Any], steps: int) -> Draft:
     options = read_options(PNDMOptions, config)
     require(options, "prediction_type", "epsilon", "v_prediction")
     require(options, "skip_prk_steps", True)
-    listed = training_indices(spaced_timesteps(options, steps), options)
-    stride = options.num_train_timesteps // steps
+    listed = training_indices(spaced_timesteps(options, run.steps), options)
+    stride = options.num_train_timesteps // run.steps
     repeated = np.concatenate([listed[:2], listed[1:2], listed[2:]])
     start, end = repeated.copy(), repeated - stride
     if len(repeated) > 1:

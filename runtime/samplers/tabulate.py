@@ -1,38 +1,66 @@
 """The one door to the tables of all samplers."""
 
-import operator
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from allaprima.bundle.errors import RequestError
 from allaprima.runtime.samplers.catalog import SamplerInfo, find, listing, names
-from allaprima.runtime.samplers.ddim import ddim, ddpm
-from allaprima.runtime.samplers.dpm import dpm
+from allaprima.runtime.samplers.consistency import lcm, tcd
+from allaprima.runtime.samplers.ddim import ddim, ddpm, unclip
+from allaprima.runtime.samplers.deis import deis
+from allaprima.runtime.samplers.dpm import dpm, singlestep
 from allaprima.runtime.samplers.euler import euler, euler_ancestral
+from allaprima.runtime.samplers.flow import flow_euler, flow_heun
+from allaprima.runtime.samplers.heun import heun, kdpm2, kdpm2_ancestral
+from allaprima.runtime.samplers.lms import lms
 from allaprima.runtime.samplers.pndm import pndm
+from allaprima.runtime.samplers.run import Churn, Run, read_custom, read_steps
 from allaprima.runtime.samplers.table import Draft, Table
+from allaprima.runtime.samplers.unipc import unipc
 from allaprima.runtime.schedule import Training, given_fields, read_options
 
-_DRAFTS: dict[str, Callable[[Mapping[str, Any], int], Draft]] = {
+_DRAFTS: dict[str, Callable[[Mapping[str, Any], Run], Draft]] = {
+    "DDIMScheduler": ddim,
     "DDPMScheduler": ddpm,
     "PNDMScheduler": pndm,
+    "LMSDiscreteScheduler": lms,
     "EulerDiscreteScheduler": euler,
     "EulerAncestralDiscreteScheduler": euler_ancestral,
+    "HeunDiscreteScheduler": heun,
+    "KDPM2DiscreteScheduler": kdpm2,
+    "KDPM2AncestralDiscreteScheduler": kdpm2_ancestral,
     "DPMSolverMultistepScheduler": dpm,
+    "DPMSolverSinglestepScheduler": singlestep,
+    "DEISMultistepScheduler": deis,
+    "UniPCMultistepScheduler": unipc,
+    "LCMScheduler": lcm,
+    "TCDScheduler": tcd,
+    "UnCLIPScheduler": unclip,
+    "FlowMatchEulerDiscreteScheduler": flow_euler,
+    "FlowMatchHeunDiscreteScheduler": flow_heun,
 }
 # These have fields of the same names, but no betas, so that tables made of the defaults would be nonsense.
-_OTHER_PROCESSES = ("FlowMatch", "FlowMap", "EDM")
+_FLOWS = ("FlowMatch", "FlowMap")
+_OTHER_PROCESSES = (*_FLOWS, "EDM")
 
 
 def make_table(
     config: Mapping[str, Any],
     sampler: str | None,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     *,
     history: int,
     eta: float = 0.0,
+    order: int | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Table:
     """The table of a sampler on a model's noise schedule.
 
@@ -40,27 +68,40 @@ def make_table(
         config: the model's scheduler configuration (``scheduler_config.json`` of diffusers). A sampler of
             another class takes from it the fields that it knows, as ``from_config`` does.
         sampler: any name that :func:`find` knows, or None for the class that the configuration names.
-        num_inference_steps: from 1 to the timesteps of training. PNDM makes one call more than this.
+        num_inference_steps: from 1 to the timesteps of training; None if a custom schedule says it. The
+            table has more rows if the sampler calls the model twice a step; PNDM has one more.
         history: S, the number of predictions that the denoiser keeps.
-        eta: the noise of DDIM, from 0 to 1; 0 for every other sampler.
+        eta: the noise of DDIM, or gamma of TCD, from 0 to 1; 0 for every other sampler.
+        order: that of LMS, from 1 to 4; its own is 4.
+        s_churn: how much noise Euler puts in, over all steps; 0 for every other sampler.
+        s_tmin: the least sigma at which it does.
+        s_tmax: the greatest sigma at which it does.
+        s_noise: the standard deviation of that noise, relative to what keeps the level.
+        timesteps: a schedule of one's own, descending, for the samplers whose scheduler takes one.
+        sigmas: likewise; for Euler the last one is that of the result, usually 0.
 
     Raises:
         RequestError: an unknown sampler, a configuration that it cannot honour, an argument out of range.
     """
     info = _of_class(config) if sampler is None else find(sampler)
-    process = str(config.get("_class_name"))
-    if process.startswith(_OTHER_PROCESSES):
-        raise RequestError(f"sampler {info.name!r} cannot honour the configuration of a {process}")
-    steps = _checked_steps(config, num_inference_steps)
+    _check_process(config, info)
     if not 0 <= eta <= 1:
         raise RequestError(f"eta {eta} is out of range: give a number from 0 to 1")
-    if eta > 0 and info.name != "ddim":
+    if order is not None and order not in (1, 2, 3, 4):
+        raise RequestError(f"order {order!r} is out of range: give 1, 2, 3 or 4")
+    if not (s_churn >= 0 and s_noise >= 0 and 0 <= s_tmin <= s_tmax):
         raise RequestError(
-            f"eta {eta} means nothing to sampler {info.name!r}: leave it at 0, or choose 'ddim'"
+            f"s_churn {s_churn}, s_noise {s_noise}, s_tmin {s_tmin} and s_tmax {s_tmax} must not be negative,"
+            " nor s_tmin above s_tmax"
         )
-    given = {**given_fields(config), **info.overrides}
+    custom = {"timesteps": timesteps, "sigmas": sigmas}
+    _check_arguments(info, {"eta": eta or None, "order": order, "s_churn": s_churn or None, **custom})
+    listed, noisy = read_custom("timesteps", timesteps), read_custom("sigmas", sigmas)
+    most = read_options(Training, config).num_train_timesteps
+    steps = read_steps(num_inference_steps, most, listed, noisy, info.scheduler == "EulerDiscreteScheduler")
+    run = Run(steps, eta, Churn(s_churn, s_tmin, s_tmax, s_noise), order, listed, noisy)
     with np.errstate(divide="ignore", invalid="ignore"):  # finish() refuses what is not finite
-        draft = ddim(given, steps, eta) if info.name == "ddim" else _DRAFTS[info.scheduler](given, steps)
+        draft = _DRAFTS[info.scheduler]({**given_fields(config), **info.overrides}, run)
     return draft.finish(info.name, history)
 
 
@@ -74,12 +115,20 @@ def _of_class(config: Mapping[str, Any]) -> SamplerInfo:
     )
 
 
-def _checked_steps(config: Mapping[str, Any], steps: int) -> int:
-    most = read_options(Training, config).num_train_timesteps
-    try:
-        value = operator.index(steps)
-    except TypeError as error:
-        raise RequestError(f"num_inference_steps {steps!r} is not an integer") from error
-    if not 1 <= value <= most:
-        raise RequestError(f"num_inference_steps {value} is out of range: this model takes 1 to {most}")
-    return value
+def _check_process(config: Mapping[str, Any], info: SamplerInfo) -> None:
+    """Refuse a flow's sampler for another process, and the other way about."""
+    process = str(config.get("_class_name"))
+    flow = info.scheduler.startswith(_FLOWS)
+    if process.startswith(_FLOWS if flow else _OTHER_PROCESSES) != flow:
+        remedy = "choose one that is not of a flow" if flow else "choose 'flow_euler' or 'flow_heun'"
+        raise RequestError(f"sampler {info.name!r} cannot honour the configuration of a {process}: {remedy}")
+
+
+def _check_arguments(info: SamplerInfo, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None and name not in info.arguments:
+            able = ", ".join(repr(other.name) for other in names() if name in other.arguments)
+            raise RequestError(
+                f"{name} {value!r} means nothing to sampler {info.name!r}: leave it out, or choose one of"
+                f" {able}"
+            )

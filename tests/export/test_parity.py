@@ -12,17 +12,24 @@ from numpy.typing import NDArray
 
 from allaprima.bundle import Bundle
 from allaprima.runtime import Pipeline
+from allaprima.runtime.samplers import find
 
 from .conftest import SHAPES
 
-SAMPLERS = {
-    "ddim": diffusers.DDIMScheduler,
-    "ddpm": diffusers.DDPMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    "pndm": diffusers.PNDMScheduler,
-}
+SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "pndm")
+# With few cases each: what they have in common with those above is tested there.
+MORE = (
+    *(
+        "lms",
+        "heun",
+        "dpm2_karras",
+        "dpm2_a",
+        "dpmpp_2m_exponential",
+        "dpmpp_3m_sde_karras",
+        "dpmpp_2s_karras",
+    ),
+    *("deis", "unipc", "unipc_karras", "lcm", "tcd"),
+)
 PROMPT = "a small red circle above a blue square on a white background"
 Pictures = NDArray[np.uint8]
 Reference = Callable[..., Pictures]
@@ -39,7 +46,8 @@ def reference_of(folder: Path) -> Reference:
     own = {**pipeline.scheduler.config, "clip_sample": False}  # as the pipeline corrects its own
 
     def paint(sampler: str, *, seed: int, images: int, **settings: object) -> Pictures:
-        pipeline.scheduler = SAMPLERS[sampler].from_config(own)
+        info = find(sampler)
+        pipeline.scheduler = getattr(diffusers, info.scheduler).from_config(own, **info.overrides)
         generators = [torch.Generator("cpu").manual_seed(seed + k) for k in range(images)]
         made = pipeline(
             PROMPT, num_images_per_prompt=images, generator=generators, output_type="np", **settings
@@ -89,6 +97,21 @@ def test_tiny_model(
             negative_prompt=negative,
         )
         assert found >= 50, f"{images} images: {found:.1f} dB"
+
+
+@pytest.mark.parametrize("sampler", MORE)
+def test_more_samplers(tiny: tuple[Reference, Pipeline], sampler: str) -> None:
+    found = compare(
+        tiny,
+        sampler,
+        num_images=2,
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        width=96,
+        height=64,
+        negative_prompt="a green star",
+    )
+    assert found >= 50, f"{found:.1f} dB"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

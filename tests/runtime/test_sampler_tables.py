@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.samplers import NO_BOUND, Table, find, idle_row, make_table, names
-from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions
-from allaprima.runtime.samplers.dpm import DPMOptions
+from allaprima.runtime.respacing import Respacing
+from allaprima.runtime.samplers import NO_BOUND, SamplerInfo, Table, find, idle_row, make_table, names
+from allaprima.runtime.samplers.consistency import LCMOptions, TCDOptions
+from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions, UnCLIPOptions
+from allaprima.runtime.samplers.deis import DEISOptions
+from allaprima.runtime.samplers.dpm import DPMOptions, SinglestepOptions
 from allaprima.runtime.samplers.euler import AncestralOptions, EulerOptions
+from allaprima.runtime.samplers.flow import FlowEulerOptions, FlowHeunOptions
+from allaprima.runtime.samplers.heun import HeunOptions, KDPM2Options
+from allaprima.runtime.samplers.lms import LMSOptions
 from allaprima.runtime.samplers.pndm import PNDMOptions
+from allaprima.runtime.samplers.unipc import UniPCOptions
 from allaprima.runtime.schedule import Training
 
 HISTORY = 4
@@ -34,29 +41,58 @@ SD = {
     "clip_sample": False,
 }
 
+# What a flow has instead: no betas.
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+
 OPTIONS = {
     "DDIMScheduler": DDIMOptions,
     "DDPMScheduler": DDPMOptions,
     "PNDMScheduler": PNDMOptions,
+    "LMSDiscreteScheduler": LMSOptions,
     "EulerDiscreteScheduler": EulerOptions,
     "EulerAncestralDiscreteScheduler": AncestralOptions,
+    "HeunDiscreteScheduler": HeunOptions,
+    "KDPM2DiscreteScheduler": KDPM2Options,
+    "KDPM2AncestralDiscreteScheduler": KDPM2Options,
     "DPMSolverMultistepScheduler": DPMOptions,
+    "DPMSolverSinglestepScheduler": SinglestepOptions,
+    "DEISMultistepScheduler": DEISOptions,
+    "UniPCMultistepScheduler": UniPCOptions,
+    "LCMScheduler": LCMOptions,
+    "TCDScheduler": TCDOptions,
+    "UnCLIPScheduler": UnCLIPOptions,
+    "FlowMatchEulerDiscreteScheduler": FlowEulerOptions,
+    "FlowMatchHeunDiscreteScheduler": FlowHeunOptions,
 }
-# Read by no sampler here, because they matter only beside options that are refused.
-SILENT = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
+COSINE = "squaredcos_cap_v2"
+SDE = {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}
+# Read by no sampler here, because they matter only beside options that are refused, or not at all.
+SILENT = {"dynamic_thresholding_ratio", "sample_max_value", "time_shift_type"}
+UNREAD = {
+    DDIMOptions: {"clip_sample_range"},
+    LCMOptions: {"set_alpha_to_one"},
+    TCDOptions: {"set_alpha_to_one", "clip_sample", "clip_sample_range", "timestep_scaling"},
+    FlowEulerOptions: {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"},
+}
+# Fields that a class has no parameter for, but reads where another scheduler's configuration left them.
+HIDDEN = {"sigma_min", "sigma_max"}
+SHARED = {field.name for field in dataclasses.fields(Training)}
 
 
 @pytest.mark.parametrize(("scheduler", "kind"), OPTIONS.items())
 def test_defaults_of_diffusers(scheduler: str, kind: type[Training]) -> None:
     """Our fields and defaults are the parameters of the class, all of them."""
     parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
-    expected = {name: p.default for name, p in parameters.items() if name not in SILENT | {"self"}}
+    unread = SILENT | UNREAD.get(kind, set()) | {"self"}
+    expected = {name: p.default for name, p in parameters.items() if name not in unread}
     ours = {field.name: field.default for field in dataclasses.fields(kind)}
-    if kind is DDIMOptions:
-        del expected["clip_sample_range"]  # clip_sample is refused
-    if kind is DPMOptions:
-        del ours["sigma_min"], ours["sigma_max"]  # hidden fields, see the class
-    assert ours == expected
+    absent = ours.keys() - expected.keys()
+    respacing = {field.name for field in dataclasses.fields(Respacing)}
+    assert absent <= (respacing if kind is FlowHeunOptions else SHARED | HIDDEN)
+    if kind is UniPCOptions:
+        assert expected.pop("disable_corrector") == []
+        del ours["disable_corrector"]
+    assert {name: ours[name] for name in ours.keys() - absent} == expected
 
 
 def test_reference_schedules() -> None:
@@ -79,10 +115,18 @@ def test_trailing_without_a_negative_timestep() -> None:
     assert table.timesteps.min() >= 0
 
 
+def config_of(info: SamplerInfo) -> dict[str, Any]:
+    """A configuration that the sampler can honour."""
+    if info.name.startswith("flow"):
+        return FLOW
+    return {**SD, "beta_schedule": "squaredcos_cap_v2"} if info.name == "unclip" else SD
+
+
 def test_table_is_sealed_and_reproducible_by_its_name() -> None:
     for info in names():
-        table = make_table(SD, info.title, 7, history=HISTORY)
-        again = make_table(SD, table.sampler, 7, history=HISTORY)
+        config = config_of(info)
+        table = make_table(config, info.title, 7, history=HISTORY)
+        again = make_table(config, table.sampler, 7, history=HISTORY)
         assert table.sampler == info.name
         for field in dataclasses.fields(Table):
             value = getattr(table, field.name)
@@ -90,7 +134,8 @@ def test_table_is_sealed_and_reproducible_by_its_name() -> None:
             if isinstance(value, np.ndarray):
                 assert value.dtype == (bool if field.name == "draws" else np.float32)
                 assert not value.flags.writeable
-        assert table.draws.any() == (info.noise and info.name != "ddim")
+        assert table.draws.any() == (info.noise == "yes")
+        assert len(table.timesteps) == (8 if info.name == "pndm" else 7 * info.calls - (info.calls == 2))
         assert np.any(table.update[:, 3 + info.history :]) == 0
         assert bool(np.any(table.update[:, 3:])) == (info.history > 0)
 
@@ -130,6 +175,22 @@ def test_idle_row_is_the_identity() -> None:
         ("dpm++ 2m karras", "dpmpp_2m_karras"),
         ("DPM-Solver++ 2M SDE Karras", "dpmpp_2m_sde_karras"),
         ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde_exponential"),
+        ("DPM++ 3M SDE Karras", "dpmpp_3m_sde_karras"),
+        ("DPMSolverSinglestepScheduler", "dpmpp_2s"),
+        ("Heun", "heun"),
+        ("k_heun", "heun"),
+        ("LMS Karras", "lms_karras"),
+        ("LMSDiscreteScheduler", "lms"),
+        ("DPM2 a Karras", "dpm2_a_karras"),
+        ("DPM2", "dpm2"),
+        ("KDPM2AncestralDiscreteScheduler", "dpm2_a"),
+        ("UniPC", "unipc"),
+        ("DEISMultistep", "deis"),
+        ("LCM", "lcm"),
+        ("TCD", "tcd"),
+        ("UnCLIPScheduler", "unclip"),
+        ("FlowMatchEulerDiscreteScheduler", "flow_euler"),
     ],
 )
 def test_names(spelling: str, name: str) -> None:
@@ -146,15 +207,15 @@ def test_unknown_sampler() -> None:
 
 
 def test_class_without_a_sampler() -> None:
-    config = {**SD, "_class_name": "UniPCMultistepScheduler"}
-    with pytest.raises(
-        RequestError, match="'UniPCMultistepScheduler' is not among the samplers: name one of ddim"
-    ):
+    config = {**SD, "_class_name": "SASolverScheduler"}
+    with pytest.raises(RequestError, match="'SASolverScheduler' is not among the samplers: name one of ddim"):
         make_table(config, None, 5, history=HISTORY)
     with pytest.raises(RequestError, match="None is not among"):
         make_table({}, None, 5, history=HISTORY)
     with pytest.raises(RequestError, match="'euler' cannot honour the configuration of a FlowMatchEuler"):
-        make_table({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "euler", 5, history=HISTORY)
+        make_table(FLOW, "euler", 5, history=HISTORY)
+    with pytest.raises(RequestError, match="'flow_heun' cannot honour the configuration of a PNDM"):
+        make_table(SD, "flow_heun", 5, history=HISTORY)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +228,38 @@ def test_class_without_a_sampler() -> None:
         ("ddpm", {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
         ("ddpm", {"timestep_spacing": "odd"}, "timestep_spacing='odd'"),
         ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"),
-        ("euler", {"use_beta_sigmas": True}, "use_beta_sigmas=True"),
+        ("euler_karras", {"use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas exclude"),
+        ("euler_karras", {"sigma_min": 3, "sigma_max": 2}, "sigma_min=3.0 and sigma_max=2.0 are no range"),
         ("euler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
         ("euler", {"use_karras_sigmas": True, "use_exponential_sigmas": True}, "exclude each other"),
-        ("dpmpp_2m", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
-        ("dpmpp_2m", {"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
+        ("euler", {"beta_schedule": "exp"}, "beta_schedule='exp'"),
+        ("lms", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        ("heun", {"timestep_spacing": "odd"}, "timestep_spacing='odd'"),
+        ("dpm2", {"prediction_type": "sample"}, "prediction_type='sample'"),
+        ("dpm2_a", {"prediction_type": "sample"}, "prediction_type='sample'"),
+        ("dpmpp_2m", {"use_flow_sigmas": True, "use_karras_sigmas": True}, "exclude each other"),
+        ("dpmpp_2m", {"use_flow_sigmas": True, "use_lu_lambdas": True}, "exclude each other"),
+        ("dpmpp_2m", {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver"}, "'zero' together with algorithm_type='dpmsolver'"),
+        ("dpmpp_2m", {**SDE, "solver_order": 3}, "solver_order=3"),
+        ("dpmpp_2m", {**SDE, "prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        ("dpmpp_2m", {"algorithm_type": "euler"}, "algorithm_type='euler'"),
+        ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+'"),
+        ("dpmpp_2s", SDE, "algorithm_type='sde-dpmsolver'"),
+        ("deis", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+'"),
+        ("deis", {"thresholding": True}, "thresholding=True"),
+        ("unipc", {"solver_type": "bh1"}, "solver_type='bh1' and final_sigmas_type='zero'"),
+        ("unipc", {"predict_x0": False}, "predict_x0=False and final_sigmas_type='zero'"),
+        ("unipc", {"lower_order_final": False}, "lower_order_final=False and final_sigmas_type='zero'"),
+        ("unipc", {"solver_order": 4}, "solver_order=4"),
+        ("unipc", {"solver_p": "x"}, "solver_p='x'"),
+        ("unipc", {"shift_terminal": 0.1}, "shift_terminal=0.1"),
+        ("lcm", {"thresholding": True}, "thresholding=True"),
+        ("lcm", {"original_inference_steps": 4}, "num_inference_steps 5 .* 1 to 4, the original_inference"),
+        ("tcd", {"original_inference_steps": 2000}, "original_inference_steps=2000"),
+        ("unclip", {}, "beta_schedule='scaled_linear'"),
+        ("unclip", {"beta_schedule": COSINE, "variance_type": "learned_range"}, "variance_type='learned_ra"),
+        ("flow_euler", {**FLOW, "use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         ("dpmpp_2m", {"solver_order": 4}, "solver_order=4"),
         ("dpmpp_2m", {"final_sigmas_type": "none"}, "final_sigmas_type='none'"),
         ("dpmpp_2m", {"variance_type": "learned"}, "variance_type='learned'"),

@@ -1,129 +1,22 @@
 """Every table against the scheduler of diffusers that it stands for, over whole trajectories."""
 
-import inspect
 import itertools
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from allaprima.bundle.errors import RequestError
 from allaprima.runtime.noise import Noise
-from allaprima.runtime.samplers import Table, find, make_table, names
+from allaprima.runtime.samplers import find, make_table, names
 
-F64 = NDArray[np.float64]
-HISTORY = 4
+from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, error_of
+
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-SHAPE = (1, 2, 3, 4)
-STEPS = (1, 2, 5, 20, 50)
-SPACINGS = ("leading", "linspace", "trailing")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-# Stable Diffusion's schedule, as its scheduler_config.json has it after loading.
-SD = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": "0.6.0",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-    "clip_sample": False,
-}
-
-
-class Trajectory(NamedTuple):
-    """What a run leaves: the samples from the initial one on, the timesteps, where noise was drawn."""
-
-    samples: list[F64]
-    timesteps: list[float]
-    draws: list[bool]
-
-
-class Model:
-    """Stands for a UNet: anything that depends on its input and changes from call to call."""
-
-    def __init__(self) -> None:
-        self._random = np.random.default_rng(1)
-
-    def __call__(self, sample: F64) -> F64:
-        return 0.3 * sample + self._random.standard_normal(SHAPE)
-
-
-def noises() -> Callable[[], F64]:
-    random = np.random.default_rng(2)
-    return lambda: random.standard_normal(SHAPE)
-
-
-def run_scheduler(
-    scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, **arguments: Any
-) -> Trajectory:
-    """Drive a scheduler of diffusers as its pipelines do, in float64 as far as they allow."""
-    model, noise = Model(), noises()
-    drawn: list[bool] = []
-
-    def draw(*_: Any, dtype: torch.dtype, **__: Any) -> torch.Tensor:
-        drawn[-1] = True
-        return torch.from_numpy(noise()).to(dtype)
-
-    module = inspect.getmodule(type(scheduler))
-    if hasattr(module, "randn_tensor"):
-        monkeypatch.setattr(module, "randn_tensor", draw)
-    scheduler.set_timesteps(steps)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it starts at the second of equal timesteps, and runs out of them
-    for name in ("sigmas", "alphas_cumprod", "final_alpha_cumprod"):
-        if hasattr(scheduler, name):
-            setattr(scheduler, name, getattr(scheduler, name).double())
-    sample = torch.from_numpy(noise()) * float(scheduler.init_noise_sigma)
-    samples = [sample.numpy()]
-    for timestep in scheduler.timesteps:
-        drawn.append(False)
-        output = torch.from_numpy(model(scheduler.scale_model_input(sample, timestep).numpy()))
-        sample = scheduler.step(output, timestep, sample, return_dict=False, **arguments)[0].double()
-        samples.append(sample.numpy())
-    return Trajectory(samples, [float(timestep) for timestep in scheduler.timesteps], drawn)
-
-
-def run_table(table: Table) -> Trajectory:
-    """What the denoiser graph and the loop around it do, in float64."""
-    model, noise = Model(), noises()
-    sample = noise() * table.init_noise_sigma
-    history = np.zeros((table.update.shape[1] - 3, *SHAPE))
-    samples = [sample]
-    for row in range(len(table.timesteps)):
-        output = model(sample * table.input_scale[row].astype(np.float64))
-        (p, q), bound = table.to_prediction[row].astype(np.float64), table.bounds[row]
-        prediction = np.clip(p * sample + q * output, -bound, bound)
-        fresh = noise() if table.draws[row] else np.zeros(SHAPE)
-        update = table.update[row].astype(np.float64)
-        sample = np.tensordot(update, np.stack([sample, prediction, fresh, *history]), 1)
-        history = np.concatenate([prediction[None], history])[: len(history)]
-        samples.append(sample)
-    return Trajectory(samples, table.timesteps.tolist(), table.draws.tolist())
-
-
-def error_of(
-    table: Table, scheduler: Any, steps: int, monkeypatch: pytest.MonkeyPatch, **arguments: Any
-) -> float:
-    """The largest relative error along the way; timesteps and draws must be equal."""
-    expected, actual = run_scheduler(scheduler, steps, monkeypatch, **arguments), run_table(table)
-    if np.all(np.mod(expected.timesteps, 1) == 0):
-        assert actual.timesteps == expected.timesteps
-    else:  # interpolated in a table of float32, in which PyTorch's square root is sometimes an ulp off
-        np.testing.assert_allclose(actual.timesteps, expected.timesteps, rtol=1e-6, atol=1e-4)
-    assert actual.draws == expected.draws
-    pairs = zip(actual.samples, expected.samples, strict=True)
-    return max(float(np.abs(a - e).max() / np.abs(e).max()) for a, e in pairs)
-
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ddim", {}),
@@ -212,11 +105,14 @@ ORIGINS = (
     "EulerAncestralDiscrete",
     "DPMSolverMultistep",
     "UniPCMultistep",
+    "HeunDiscrete",
+    "DPMSolverSinglestep",
 )
+CROSSING = [info for info in names() if info.scheduler[:4] not in ("Flow", "UnCL")]
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-@pytest.mark.parametrize("info", names(), ids=lambda info: info.name)
+@pytest.mark.parametrize("info", CROSSING, ids=lambda info: info.name)
 @pytest.mark.parametrize("saved", [True, False], ids=["file", "memory"])
 def test_configurations_cross_over(
     info: Any, origin: str, saved: bool, monkeypatch: pytest.MonkeyPatch
@@ -225,6 +121,8 @@ def test_configurations_cross_over(
     fields = {name: SD[name] for name in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}
     if info.name in ("ddim", "pndm"):  # defaults that cannot be honoured
         fields |= {"clip_sample": False, "skip_prk_steps": True}
+    if info.scheduler == "UniPCMultistepScheduler":  # without, it is infinite at the last sigma of 0
+        fields |= {"lower_order_final": True}
     kind = getattr(diffusers, f"{origin}Scheduler")
     source = kind.from_config(fields)
     config = json.loads(source.to_json_string()) if saved else dict(source.config)
@@ -233,7 +131,10 @@ def test_configurations_cross_over(
     target = getattr(diffusers, info.scheduler).from_config(
         source.config if not saved else config, **info.overrides
     )
-    assert error_of(table, target, 10, monkeypatch) <= 1e-6
+    arguments = {"eta": 0.0} if info.name == "tcd" else {}
+    # diffusers finds the lower sigma of an ancestral step by a difference in float32.
+    limit = 1e-4 if info.name.startswith("dpm2_a") else 1e-6
+    assert error_of(table, target, 10, monkeypatch, slack=limit * 1e2, **arguments) <= limit
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_a", "dpmpp_2m_sde"])
