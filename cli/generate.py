@@ -52,6 +52,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--guidance-rescale", metavar="X", type=float, default=0.0, help="tames strong guidance, 0 to 1"
     )
     parser.add_argument(
+        "--image", metavar="FILE", help="a picture to begin with; its size is taken if --size does not say"
+    )
+    parser.add_argument(
+        "--strength", metavar="X", type=float, help="how much of it is painted over, 0 to 1 (0.8)"
+    )
+    parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
     parser.add_argument(
@@ -107,6 +113,8 @@ def run(options: argparse.Namespace) -> None:
             prompt_weights=options.prompt_weights,
             clip_skip=options.clip_skip,
             guidance_rescale=options.guidance_rescale,
+            image=options.image,
+            strength=options.strength,
             callback=lambda progress: report(progress.stage, progress.step, progress.total),
         )
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):

@@ -25,7 +25,7 @@ def read_picture(source: Source, name: str = "image") -> Image.Image:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
             raise RequestError(
-                f"{name} is an array {source.dtype} {list(source.shape)}: it should be uint8 [height, width, 3]"
+                f"{name} is {source.dtype} {list(source.shape)}: it should be uint8 [height, width, 3]"
             )
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
@@ -63,8 +63,8 @@ def fitting_size(image: Image.Image, multiple: int) -> tuple[int, int]:
     width, height = (side // multiple * multiple for side in image.size)
     if not (width and height):
         raise RequestError(
-            f"image has {image.size[0]} x {image.size[1]} pixels: the model needs at least {multiple} a side, "
-            "make it larger or name a size"
+            f"image has {image.size[0]} x {image.size[1]} pixels, and the model needs at least {multiple} a "
+            "side: make it larger, or name a size"
         )
     return height, width
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -26,19 +26,21 @@ from allaprima.bundle import (
 from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
 from allaprima.runtime.noise import Noise
+from allaprima.runtime.pictures import Source, encodable
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table
 from allaprima.runtime.session import Session
-from allaprima.runtime.stages import Decoder, Denoiser, TextEncoder
+from allaprima.runtime.stages import Decoder, Denoiser, Encoder, Floats, TextEncoder
 from allaprima.runtime.tokenizer import Tokenizer
 
 Callback = Callable[[Progress], None]
 
 FAMILY = "stable-diffusion"
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
+ENCODER = "vae_encoder"
 
 
 class Pipeline:
@@ -48,8 +50,18 @@ class Pipeline:
     (from another thread, or from a callback) is RequestError; open one pipeline per thread.
     """
 
-    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session], *, backend: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        sessions: Mapping[str, Session],
+        *,
+        backend: str,
+        opens: Callable[[str], Session] | None = None,
+    ) -> None:
         """Take over opened sessions of text_encoder, denoiser and vae_decoder; `open` does it all.
+
+        `opens` opens another component when a request first needs it: the vae_encoder, for pictures that are
+        handed in.
 
         Raises BundleError if the bundle is of another family or its tokenizer cannot be read.
         """
@@ -62,6 +74,7 @@ class Pipeline:
         self.backend = backend
         self.precision = sessions["denoiser"].precision
         self._sessions = dict(sessions)
+        self._opens = opens
         self._tokenizer = Tokenizer(bundle)
         self._text_encoder = TextEncoder(sessions["text_encoder"], self._tokenizer)
         self._safety: SafetyChecker | None = None
@@ -91,21 +104,25 @@ class Pipeline:
         """
         opened = open_bundle(resolve(str(bundle)), verify=verify)
         name = choose(backend, opened)
+
+        def opens(role: str) -> Session:
+            component = opened.component(role)
+            return open_session(
+                opened.path(component.graph),
+                component,
+                name,
+                precision=precision,
+                threads=threads,
+                engines=find_engines(opened, role, name, precision=precision),
+            )
+
         with ExitStack() as undo:
             sessions = {}
             watched = safety_checker and SAFETY in opened.manifest.components
             for role in (*COMPONENTS, SAFETY) if watched else COMPONENTS:
-                component = opened.component(role)
-                sessions[role] = open_session(
-                    opened.path(component.graph),
-                    component,
-                    name,
-                    precision=precision,
-                    threads=threads,
-                    engines=find_engines(opened, role, name, precision=precision),
-                )
+                sessions[role] = opens(role)
                 undo.callback(sessions[role].close)
-            pipeline = cls(opened, sessions, backend=name)
+            pipeline = cls(opened, sessions, backend=name, opens=opens)
             undo.pop_all()
         return pipeline
 
@@ -151,14 +168,16 @@ class Pipeline:
         prompt_weights: bool = False,
         clip_skip: int | None = None,
         guidance_rescale: float = 0.0,
+        image: Source | None = None,
+        strength: float | None = None,
         callback: Callback | None = None,
     ) -> Result:
         """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again. `long_prompts`, `prompt_weights`,
-        `clip_skip` and `guidance_rescale`: see Request.
+        used again. `long_prompts`, `prompt_weights`, `clip_skip`, `guidance_rescale`, and `image` with
+        `strength` for image to image: see Request.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
@@ -177,6 +196,8 @@ class Pipeline:
             prompt_weights=prompt_weights,
             clip_skip=clip_skip,
             guidance_rescale=guidance_rescale,
+            image=image,
+            strength=strength,
         )
         return self.paint(request, callback=callback)
 
@@ -190,6 +211,7 @@ class Pipeline:
             settings.num_inference_steps,
             history=manifest.history,
             eta=settings.eta,
+            begin=settings.begin,
         )
         marks = [perf_counter()]
         with self._exclusive():
@@ -200,7 +222,7 @@ class Pipeline:
             )
             denoiser = self._prepare(settings, conditioning)
             self._encode(denoiser, settings, conditioning)
-            streams = _begin(denoiser, settings, table)
+            streams = self._begin(denoiser, settings, table)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
             _denoise(denoiser, table, streams, callback)
@@ -257,6 +279,39 @@ class Pipeline:
             denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
         conditioning.write(self._text_encoder, denoiser, self._sessions["denoiser"].memory)
 
+    def _begin(self, denoiser: Denoiser, settings: Settings, table: Table) -> list[Noise]:
+        """Put the first latents in place, one stream of noise per image; the streams go on from there.
+
+        A picture's own latents are drawn first, then the noise over them, as in diffusers.
+        """
+        streams = [Noise(settings.seed + index) for index in range(settings.num_images)]
+        clean, scale = 0.0, table.init_noise_sigma
+        if settings.picture is not None:
+            if table.start is None:
+                raise RequestError(
+                    f"sampler {table.sampler!r} cannot begin with a picture: choose another one"
+                )
+            clean, scale = table.start
+            mean, deviation = self._encode_picture(settings.picture, settings.height, settings.width)
+        for sample, noise in zip(denoiser.sample, streams, strict=True):
+            if settings.picture is not None:
+                drawn = mean + deviation * noise.normal(sample.shape)
+                sample[...] = np.float32(clean) * drawn + np.float32(scale) * noise.normal(sample.shape)
+            else:
+                np.multiply(noise.normal(sample.shape), np.float32(scale), out=sample)
+        denoiser.history[...] = 0
+        denoiser.push()
+        return streams
+
+    def _encode_picture(self, picture: Image.Image, height: int, width: int) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of a picture's latents; the graph is loaded when it is first needed."""
+        if ENCODER not in self._sessions:
+            if self._opens is None:
+                raise RequestError("this pipeline was made without a vae_encoder: it takes no picture")
+            self._sessions[ENCODER] = self._opens(ENCODER)
+        encoder = Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, height, width)
+        return encoder.encode(encodable(picture, height, width))
+
     def _check_finite(self, denoiser: Denoiser) -> None:
         denoiser.pull()
         if not np.isfinite(denoiser.sample).all():
@@ -292,27 +347,15 @@ class Pipeline:
         return tuple(shown), flagged
 
     def _describe(self, settings: Settings, table: Table, index: int) -> Parameters:
-        fields = asdict(settings)
-        del fields["num_images"]
-        fields.update(sampler=table.sampler, seed=settings.seed + index)
+        known = {field.name for field in fields(Parameters)}
+        given = {name: value for name, value in vars(settings).items() if name in known}
         return Parameters(
-            **fields,
+            **{**given, "sampler": table.sampler, "seed": settings.seed + index},
             bundle=self.bundle.manifest.name,
             backend=self.backend,
             precision=self.precision,
             version=VERSION,
         )
-
-
-def _begin(denoiser: Denoiser, settings: Settings, table: Table) -> list[Noise]:
-    """Put the first latents in place, one stream of noise per image; the streams go on from there."""
-    streams = [Noise(settings.seed + index) for index in range(settings.num_images)]
-    sigma = np.float32(table.init_noise_sigma)
-    for sample, noise in zip(denoiser.sample, streams, strict=True):
-        np.multiply(noise.normal(sample.shape), sigma, out=sample)
-    denoiser.history[...] = 0
-    denoiser.push()
-    return streams
 
 
 def _denoise(denoiser: Denoiser, table: Table, streams: list[Noise], callback: Callback | None) -> None:

@@ -125,8 +125,8 @@ class Request:
         )
         if settings.begin == settings.num_inference_steps:
             raise RequestError(
-                f"strength {settings.strength} of {settings.num_inference_steps} steps is no step at all: raise "
-                f"it to {1 / settings.num_inference_steps:.3g} or more, or take more steps"
+                f"strength {settings.strength} of {settings.num_inference_steps} steps is no step at all: "
+                f"raise it to {1 / settings.num_inference_steps:.3g} or more, or take more steps"
             )
         return settings
 

@@ -85,14 +85,19 @@ class Encoder:
     """Pictures of one size to latents, one at a time."""
 
     def __init__(self, session: Session, latent: Latent, height: int, width: int) -> None:
-        """Allocate for pictures of `height` x `width` pixels. RequestError if the bundle's graph is too old."""
+        """Allocate for pictures of `height` x `width` pixels.
+
+        Raises RequestError if the bundle's graph is too old.
+        """
         if "deviation" not in session.outputs:
             raise RequestError(
                 "the bundle's image encoder is of an older allaprima: export the checkpoint again"
             )
         shape = 1, latent.channels, height // latent.downscale, width // latent.downscale
         self._image = session.memory.allocate({"image": ((1, 3, height, width), np.float32)})
-        self._latents = session.memory.allocate({"mean": (shape, np.float32), "deviation": (shape, np.float32)})
+        self._latents = session.memory.allocate(
+            {"mean": (shape, np.float32), "deviation": (shape, np.float32)}
+        )
         self._binding = session.bind({**self._image.tensors, **self._latents.tensors})
 
     def encode(self, image: Floats) -> tuple[Floats, Floats]:

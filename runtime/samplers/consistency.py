@@ -61,6 +61,7 @@ def lcm(config: Mapping[str, Any], run: Run) -> Draft:
         np.stack([np.sqrt(p) * skip, np.sqrt(p) * out, np.sqrt(1 - p)], axis=1),
         bound=options.clip_sample_range if options.clip_sample else NO_BOUND,
         draws=np.arange(run.steps) < run.steps - 1,
+        levels=np.sqrt(np.stack([a, 1 - a], axis=1)),
     )
 
 
@@ -82,7 +83,8 @@ def tcd(config: Mapping[str, Any], run: Run) -> Draft:
     update = update * np.sqrt(back)[:, None]
     update[:, 2] = np.sqrt(np.maximum(1 - back, 0))
     prediction = denoised(options.prediction_type, np.sqrt(a), np.sqrt(1 - a))
-    return Draft(timesteps.astype(np.float64), prediction, update, draws=fresh)
+    levels = np.sqrt(np.stack([a, 1 - a], axis=1))
+    return Draft(timesteps.astype(np.float64), prediction, update, draws=fresh, levels=levels)
 
 
 def _schedule(options: TCDOptions, run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

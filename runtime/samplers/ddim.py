@@ -82,7 +82,8 @@ def ddim(config: Mapping[str, Any], run: Run) -> Draft:
     direction = np.sqrt(np.maximum(1 - p - noise**2, 0)) / sigma
     update = np.stack([direction, np.sqrt(p) - direction * alpha, noise], axis=1)
     prediction = denoised(options.prediction_type, alpha, sigma)
-    return Draft(timesteps.astype(np.float64), prediction, update, draws=run.eta > 0)
+    levels = np.stack([alpha, sigma], axis=1)
+    return Draft(timesteps.astype(np.float64), prediction, update, draws=run.eta > 0, levels=levels)
 
 
 def ddpm(config: Mapping[str, Any], run: Run) -> Draft:
@@ -137,4 +138,5 @@ def _posterior(
         np.stack([sample, clean, np.where(noisy, np.sqrt(variance), 0.0)], axis=1),
         bound=options.clip_sample_range if options.clip_sample else NO_BOUND,
         draws=noisy,
+        levels=np.sqrt(np.stack([a, 1 - a], axis=1)),
     )

@@ -51,12 +51,12 @@ def deis(config: Mapping[str, Any], run: Run) -> Draft:
     path = path_of(options, sigmas, float(sigmas[-1] if own else training_table(options)[0]))
     calls = len(timesteps)
     update = np.zeros((calls, 3 + options.solver_order - 1))
-    for call in range(calls):
-        order = min(_order(options, calls - call, calls), call + 1)
+    for call in range(run.begin, calls):
+        order = min(_order(options, calls - call, calls), call - run.begin + 1)
         logs = -path.lambdas[call + 1 - order : call + 2][::-1]
         update[call, 0] = path.alpha[call + 1] / path.alpha[call]
         update[call, [1, *range(3, 2 + order)]] = path.alpha[call + 1] * _integrals(logs[1:], logs[0])
-    return Draft(timesteps, noise_of(options, path), update)
+    return Draft(timesteps, noise_of(options, path), update, levels=path.levels()).begun(run.begin)
 
 
 def _order(options: DEISOptions, left: int, calls: int) -> int:

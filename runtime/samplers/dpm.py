@@ -95,11 +95,12 @@ def dpm(config: Mapping[str, Any], run: Run) -> Draft:
         require(options, "solver_order", 1, 2)
     timesteps, path = _path(options, run)
     calls = len(timesteps)
-    rows = []
-    for call in range(calls):
-        order = min(_order(options, call, calls), call + 1)
+    rows = [np.zeros(len(SAMPLE))] * run.begin
+    for call in range(run.begin, calls):
+        order = min(_order(options, call, calls), call - run.begin + 1)
         rows.append(_multistep(options, path, call, order))
-    return _draft(options, timesteps, path, rows, history=options.solver_order - 1)
+    draft = _draft(options, timesteps, path, rows, history=options.solver_order - 1)
+    return dataclasses.replace(draft, levels=path.levels()).begun(run.begin)
 
 
 def singlestep(config: Mapping[str, Any], run: Run) -> Draft:

@@ -58,7 +58,8 @@ def flow_euler(config: Mapping[str, Any], run: Run) -> Draft:
         prediction, update = np.stack([one, -now], axis=1), np.stack([zero, 1 - after, after], axis=1)
     else:
         prediction, update = np.stack([zero, one], axis=1), np.stack([one, after - now, zero], axis=1)
-    return Draft(timesteps, prediction, update, draws=options.stochastic_sampling)
+    levels = None if options.invert_sigmas else np.stack([1 - now, now], axis=1)
+    return Draft(timesteps, prediction, update, draws=options.stochastic_sampling, levels=levels)
 
 
 def flow_heun(config: Mapping[str, Any], run: Run) -> Draft:
@@ -72,7 +73,9 @@ def flow_heun(config: Mapping[str, Any], run: Run) -> Draft:
     rows.append(SAMPLE - sigmas[-1] * PREDICTION)
     doubled = np.append(sigmas[:1], np.repeat(sigmas[1:], 2))
     velocity = np.tile([0.0, 1.0], (len(rows), 1))
-    return Draft(doubled * options.num_train_timesteps, velocity, np.stack(rows)[:, :4])
+    levels = np.stack([1 - doubled, doubled], axis=1)
+    timesteps = doubled * options.num_train_timesteps
+    return Draft(timesteps, velocity, np.stack(rows)[:, :4], levels=levels, calls=2)
 
 
 def _sigmas(options: FlowHeunOptions, run: Run) -> F64:

@@ -67,6 +67,7 @@ def heun(config: Mapping[str, Any], run: Run) -> Draft:
         np.append(sigmas[:1], np.repeat(sigmas[1:-1], 2)),
         np.stack(rows)[:, :4],
         bound=options.clip_sample_range if options.clip_sample else NO_BOUND,
+        calls=2,
     )
 
 
@@ -119,6 +120,7 @@ def _midpoint(
         _interleaved(sigmas[:-1], middle),
         np.stack(rows)[:, :4],
         draws=np.arange(calls) % 2 == 1 if up is not None else False,
+        calls=2,
     )
 
 

@@ -54,6 +54,10 @@ class Path(NamedTuple):
     lambdas: F64
     """Ascending, infinite where sigma is 0."""
 
+    def levels(self) -> F64:
+        """How much of the clean sample and of noise is in the sample before each call, [N, 2]."""
+        return np.stack([self.alpha[:-1], self.sigma[:-1]], axis=1)
+
 
 def check(options: LambdaOptions) -> None:
     """Refuse what none of these samplers can honour."""

@@ -43,12 +43,12 @@ def lms(config: Mapping[str, Any], run: Run) -> Draft:
     now, most = sigmas[:-1], _ORDER if run.order is None else run.order
     update = np.zeros((len(now), 3 + most - 1))
     update[:, 0] = 1
-    for call in range(len(now)):
-        order = min(call + 1, most)
+    for call in range(run.begin, len(now)):
+        order = min(call - run.begin + 1, most)
         known = sigmas[call + 1 - order : call + 1][::-1]
         update[call, [1, *range(3, 2 + order)]] = _weights(known, sigmas[call + 1])
     slope = np.array([1.0, 0.0]) - clean(options.prediction_type, now)
-    return sigma_draft(options, timesteps, now, update, prediction=slope / now[:, None])
+    return sigma_draft(options, timesteps, now, update, prediction=slope / now[:, None]).begun(run.begin)
 
 
 def _weights(known: F64, target: float) -> F64:

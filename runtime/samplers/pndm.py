@@ -55,7 +55,8 @@ def pndm(config: Mapping[str, Any], run: Run) -> Draft:
     require(options, "skip_prk_steps", True)
     listed = training_indices(spaced_timesteps(options, run.steps), options)
     stride = options.num_train_timesteps // run.steps
-    repeated = np.concatenate([listed[:2], listed[1:2], listed[2:]])
+    # Begun in the middle, no timestep is there twice, and every call but the first is one step out of phase.
+    repeated = np.concatenate([listed[:2], listed[1:2], listed[2:]])[run.begin :]
     start, end = repeated.copy(), repeated - stride
     if len(repeated) > 1:
         start[1], end[1] = repeated[1] + stride, repeated[1]
@@ -67,7 +68,9 @@ def pndm(config: Mapping[str, Any], run: Run) -> Draft:
     if len(repeated) > 1:
         update[1, 0] = sample[1] / sample[0]
         update[1, 3] -= sample[1] / sample[0] * output[0]
-    return Draft(repeated.astype(np.float64), np.tile([0.0, 1.0], (len(repeated), 1)), update)
+    a = training_alphas(options).astype(np.float64)[repeated]
+    outputs = np.tile([0.0, 1.0], (len(repeated), 1))
+    return Draft(repeated.astype(np.float64), outputs, update, levels=np.sqrt(np.stack([a, 1 - a], axis=1)))
 
 
 def _transfer(options: PNDMOptions, start: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[F64, F64]:

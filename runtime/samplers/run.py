@@ -35,6 +35,8 @@ class Run:
     """[steps], instead of those that the sampler would list."""
     sigmas: F64 | None = None
     """Instead of those of the timesteps."""
+    begin: int = 0
+    """Steps left out at the beginning, because a picture is there already; a history starts empty here."""
 
 
 def read_custom(name: str, values: Sequence[float] | None) -> F64 | None:

@@ -72,6 +72,7 @@ def sigma_draft(
     prediction: F64 | None = None,
     bound: float = NO_BOUND,
     draws: NDArray[np.bool_] | bool = False,
+    calls: int = 1,
 ) -> Draft:
     """The table of calls at ``sigmas`` [N]; the prediction is the clean sample if none is given."""
     if prediction is None:
@@ -79,4 +80,5 @@ def sigma_draft(
     highest = float(sigmas.max())
     initial = highest if options.timestep_spacing in ("linspace", "trailing") else float(np.hypot(highest, 1))
     scale = 1 / np.sqrt(sigmas**2 + 1)
-    return Draft(timesteps, prediction, update, scale, bound, draws, initial)
+    levels = np.stack([np.ones(len(sigmas)), sigmas], axis=1)
+    return Draft(timesteps, prediction, update, scale, bound, draws, initial, levels, calls)

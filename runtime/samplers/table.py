@@ -10,7 +10,7 @@ The history holds the predictions of earlier calls, newest first; this call's pr
 Most samplers predict the clean sample (Karras' "denoised"), PNDM keeps the raw output of the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ class Table:
     """[N], whether noise is drawn at this call, even if its coefficient is 0: it moves the random stream."""
     init_noise_sigma: float
     """The initial sample is noise times this."""
+    start: tuple[float, float] | None
+    """To begin with a picture: its latents times the first, plus noise times the second; None: it cannot."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,23 @@ class Draft:
     bound: float = NO_BOUND
     draws: NDArray[np.bool_] | bool = False
     init_noise_sigma: float = 1.0
+    levels: F64 | None = None
+    """[N, 2], how much of the clean sample and of noise is in the sample before each call."""
+    calls: int = 1
+    """Of the model in each step but the last."""
+
+    def begun(self, step: int) -> "Draft":
+        """Without the calls before a step; RequestError if the sampler cannot begin there."""
+        row = step * self.calls
+        return replace(
+            self,
+            timesteps=self.timesteps[row:],
+            to_prediction=self.to_prediction[row:],
+            update=self.update[row:],
+            input_scale=self.input_scale if isinstance(self.input_scale, float) else self.input_scale[row:],
+            draws=self.draws if isinstance(self.draws, bool) else self.draws[row:],
+            levels=None if self.levels is None else self.levels[row:],
+        )
 
     def finish(self, sampler: str, history: int) -> Table:
         """Pad the history to S slots and round to float32.
@@ -85,6 +104,7 @@ class Draft:
             update=_sealed(update),
             draws=np.broadcast_to(np.asarray(self.draws), count),
             init_noise_sigma=float(self.init_noise_sigma),
+            start=None if self.levels is None else (float(self.levels[0, 0]), float(self.levels[0, 1])),
         )
 
 

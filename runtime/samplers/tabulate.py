@@ -42,6 +42,14 @@ _DRAFTS: dict[str, Callable[[Mapping[str, Any], Run], Draft]] = {
     "FlowMatchEulerDiscreteScheduler": flow_euler,
     "FlowMatchHeunDiscreteScheduler": flow_heun,
 }
+# They begin in the middle by themselves, since their first calls differ from later ones.
+_WITH_HISTORY = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
 # These have fields of the same names, but no betas, so that tables made of the defaults would be nonsense.
 _FLOWS = ("FlowMatch", "FlowMap")
 _OTHER_PROCESSES = (*_FLOWS, "EDM")
@@ -61,6 +69,7 @@ def make_table(
     s_noise: float = 1.0,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
+    begin: int = 0,
 ) -> Table:
     """The table of a sampler on a model's noise schedule.
 
@@ -79,6 +88,8 @@ def make_table(
         s_noise: the standard deviation of that noise, relative to what keeps the level.
         timesteps: a schedule of one's own, descending, for the samplers whose scheduler takes one.
         sigmas: likewise; for Euler the last one is that of the result, usually 0.
+        begin: how many steps to leave out at the beginning, from 0 to one less than there are, for a sample
+            that begins with a picture (see `Table.start`).
 
     Raises:
         RequestError: an unknown sampler, a configuration that it cannot honour, an argument out of range.
@@ -99,9 +110,15 @@ def make_table(
     listed, noisy = read_custom("timesteps", timesteps), read_custom("sigmas", sigmas)
     most = read_options(Training, config).num_train_timesteps
     steps = read_steps(num_inference_steps, most, listed, noisy, info.scheduler == "EulerDiscreteScheduler")
-    run = Run(steps, eta, Churn(s_churn, s_tmin, s_tmax, s_noise), order, listed, noisy)
+    if not 0 <= begin < steps:
+        raise RequestError(f"begin {begin} is out of range: {steps} steps can lack 0 to {steps - 1}")
+    run = Run(steps, eta, Churn(s_churn, s_tmin, s_tmax, s_noise), order, listed, noisy, begin)
     with np.errstate(divide="ignore", invalid="ignore"):  # finish() refuses what is not finite
         draft = _DRAFTS[info.scheduler]({**given_fields(config), **info.overrides}, run)
+    if begin and draft.levels is None:
+        raise RequestError(f"sampler {info.name!r} cannot begin with a picture: choose another one")
+    if info.scheduler not in _WITH_HISTORY:
+        draft = draft.begun(begin)
     return draft.finish(info.name, history)
 
 

@@ -66,20 +66,21 @@ def unipc(config: Mapping[str, Any], run: Run) -> Draft:
     rows: list[F64] = []
     start = SAMPLE  # the corrected sample that the last step began with, as a form
     step: _Step | None = None
-    for call in range(calls):
+    for call in range(run.begin, calls):
         sample = SAMPLE
         if step is not None:
             start = carried(start, rows[-1])
             if call - 1 not in (options.disable_corrector or ()):
                 sample = _advance(step, start, [past(age) for age in range(1, step.order + 1)], past(0))
-        order = min(options.solver_order, call + 1)
+        order = min(options.solver_order, call - run.begin + 1)
         if options.lower_order_final:
             order = min(order, calls - call)
         step = _Step(path, call, order, options.predict_x0, options.solver_type == "bh1")
         start = sample
         rows.append(_advance(step, start, [past(age) for age in range(order)], None))
     prediction = clean_of(options, path) if options.predict_x0 else noise_of(options, path)
-    return Draft(timesteps, prediction, np.stack(rows)[:, : 3 + options.solver_order])
+    update = np.stack([np.zeros(len(SAMPLE))] * run.begin + rows)[:, : 3 + options.solver_order]
+    return Draft(timesteps, prediction, update, levels=path.levels()).begun(run.begin)
 
 
 def _check(options: UniPCOptions, steps: int) -> None:

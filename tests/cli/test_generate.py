@@ -93,6 +93,8 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
         "prompt_weights": False,
         "clip_skip": None,
         "guidance_rescale": 0.0,
+        "image": None,
+        "strength": None,
     }
     assert read_parameters("picture.png")["prompt"] == "a red circle"
 
@@ -101,6 +103,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
     words = ["--steps", "9", "--guidance", "2.5", "--sampler", "Euler a", "--seed", "3", "--size", "768x512"]
     words += ["--eta", "0.5", "--negative-prompt", "blur", "-n", "2", "-o", "out.webp"]
     words += ["--backend", "ort", "--precision", "fp32", "--threads", "2", "--no-safety-checker"]
+    words += ["--image", "start.png", "--strength", "0.6"]
     words += ["--long-prompts", "--prompt-weights", "--clip-skip", "2", "--guidance-rescale", "0.7"]
     outcome = allaprima("generate", "my bundle", *words, "a cat")
     assert outcome.code == 0
@@ -126,6 +129,8 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
         "prompt_weights": True,
         "clip_skip": 2,
         "guidance_rescale": 0.7,
+        "image": "start.png",
+        "strength": 0.6,
     }
     assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
     assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]
