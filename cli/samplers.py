@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
         print_json([asdict(info) for info in infos])
         return
     print_table(
-        ("name", "also known as", "calls per step", "noise", "history", "arguments", "description"),
+        ("name", "also known as", "calls", "noise", "history", "arguments", "description"),
         [
             (
                 info.name,

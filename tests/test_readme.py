@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from allaprima.cli.main import main
+from allaprima.runtime import samplers
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"## ([^\n]+)\n(?:(?!\n## ).)*?```\w+\n(.*?)```", README, re.DOTALL))
 
 
@@ -47,3 +49,23 @@ def test_pictures_that_the_readmes_show_exist() -> None:
             r"!\[.*?\]\((?!https?:)(.+?)\)", path.read_text(encoding="utf-8"), re.DOTALL
         ):
             assert (path.parent / target).is_file(), f"{page} shows {target}"
+
+
+def test_list_of_samplers() -> None:
+    """docs/samplers.md has a line for each sampler, with what it needs."""
+    text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^\| `(\w+)` \| (.*?) \| `(\w+)` \| (\d) \| (.*?) \| (\d) \| (.*?) \|", text, re.MULTILINE
+    )
+    assert lines == [
+        (
+            info.name,
+            ", ".join((info.title, *info.aliases)),
+            info.scheduler.removesuffix("Scheduler"),
+            str(info.calls),
+            info.noise,
+            str(info.history),
+            ", ".join(f"`{name}`" for name in info.arguments) or "–",
+        )
+        for info in samplers.names()
+    ]

@@ -95,7 +95,7 @@ def _spaced(plain: SamplerInfo, suffix: str) -> SamplerInfo:
         plain,
         name=f"{plain.name}_{suffix}",
         title=f"{plain.title} {suffix.title()}",
-        aliases=tuple(f"{alias} {suffix.title()}" for alias in plain.aliases),
+        aliases=tuple(f"{alias} {suffix.title()}" for alias in plain.aliases if not alias.startswith("k_")),
         description=f"{plain.title} on {suffix.title()} sigmas.",
         arguments=tuple(name for name in plain.arguments if name not in ("timesteps", "sigmas")),
         overrides={**plain.overrides, f"use_{suffix}_sigmas": True},

@@ -6,10 +6,8 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import scipy.stats
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.respacing import beta_quantile, beta_sigmas
 from allaprima.runtime.samplers import find, make_table
 
 from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, error_of
@@ -184,11 +182,3 @@ def test_custom_schedule_beside_options() -> None:
         make_table({**SD, "use_lu_lambdas": True}, "dpmpp_2m", 10, history=1, timesteps=ALIGNED)
     with pytest.raises(RequestError, match="num_inference_steps None is not an integer"):
         make_table(SD, "euler", None, history=0)
-
-
-def test_beta_quantile_of_scipy() -> None:
-    probability = np.concatenate([[0, 1e-12, 1 - 1e-12, 1], np.linspace(0, 1, 1001)])
-    for shape in (0.6, 0.3, 0.9):
-        expected = scipy.stats.beta.ppf(probability, shape, shape)
-        np.testing.assert_allclose(beta_quantile(probability, shape), expected, rtol=1e-10, atol=1e-15)
-    assert beta_sigmas(0.1, 5.0, 3).tolist() == pytest.approx([5.0, 2.55, 0.1])
