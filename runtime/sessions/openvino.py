@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from allaprima.bundle import BackendError, Component, EngineFile, Profile, RequestError, TensorSpec
-from allaprima.runtime.memory import HOST, Memory, Tensor
+from allaprima.runtime.memory import HOST, Memory, Tensor, on_host
 from allaprima.runtime.session import check_names, check_tensors
 
+SMALL = 16
+"""Latents of up to this size may be a single token where a UNet of at most five levels is deepest."""
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
@@ -182,8 +184,27 @@ class OpenvinoSession:
         extents = check_tensors(self.inputs, self.outputs, tensors)
         for index, model in enumerate(self._models):
             if model.serves(extents):
-                return OpenvinoBinding(self._load(index, model), tensors)
+                compiled = self._load(index, model)
+                if not model.profiles:
+                    self._settle(compiled, extents)
+                return OpenvinoBinding(compiled, tensors)
         raise RequestError(f"no engine of {self._where} was built for {extents}")
+
+    def _settle(self, compiled: Any, extents: Mapping[str, int]) -> None:
+        """Before the first run at a small size, run once at a larger one.
+
+        OpenVINO 2026.4 makes the attention kernels of a dynamic graph for the first shape it sees. If that is
+        a single token, as where a UNet is deepest in its smallest picture, every later shape is wrong too.
+        """
+        if not {"G", "H", "W"} <= extents.keys() or getattr(compiled, "settled", False):
+            return  # only denoisers have such levels
+        if max(extents["H"], extents["W"]) > SMALL:
+            return
+        larger = {**extents, "H": 2 * extents["H"], "W": 2 * extents["W"]}
+        specs = (*self.inputs.values(), *self.outputs.values())
+        arrays = {spec.name: np.zeros(spec.resolve(larger), spec.dtype) for spec in specs}
+        OpenvinoBinding(compiled, on_host(arrays)).run()
+        compiled.settled = True
 
     def _load(self, index: int, model: Model) -> Any:
         if index not in self._compiled:

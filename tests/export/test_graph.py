@@ -33,9 +33,9 @@ WEIGHTS = {
 }
 # No extent is that of the trace or of the check at export; the last has three branches.
 EXTENTS = (
-    {"B": 1, "G": 1, "H": 2, "W": 2},
-    {"B": 4, "G": 2, "H": 6, "W": 4},
-    {"B": 2, "G": 3, "H": 4, "W": 18},
+    {"B": 1, "G": 1, "H": 2, "W": 2, "L": 77},
+    {"B": 4, "G": 2, "H": 6, "W": 4, "L": 30},
+    {"B": 2, "G": 3, "H": 4, "W": 18, "L": 308},
 )
 Arrays = dict[str, NDArray[Any]]
 AVAILABLE = {info.name: info for info in backends() if info.available}
@@ -147,6 +147,24 @@ def test_other_shapes(
                 assert np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
             else:
                 assert relative(got, wanted) < 1e-3, f"{key} at {trial.extents}"
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_the_smallest_size_first(
+    tiny_bundle: Bundle, trials: Mapping[str, list[Trial]], backend: str
+) -> None:
+    """One session for all: nothing of a picture with a single token at the deepest level stays behind."""
+    component = tiny_bundle.component("denoiser")
+    graph = tiny_bundle.path(component.graph)
+    session = open_session(graph, component, backend, precision="fp32", threads=1)
+    for trial in trials["denoiser"]:
+        outputs = {spec.name: np.empty(spec.resolve(trial.extents), spec.dtype) for spec in component.outputs}
+        session.bind(
+            on_host({**{key: np.array(value) for key, value in trial.inputs.items()}, **outputs})
+        ).run()
+        for key, wanted in trial.outputs.items():
+            assert relative(outputs[key], wanted) < 1e-3, f"{key} at {trial.extents}"
+    session.close()
 
 
 def lane(component: Component, inputs: Mapping[str, NDArray[Any]], index: int) -> Arrays:
