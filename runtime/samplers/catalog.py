@@ -69,6 +69,11 @@ def find(sampler: str) -> SamplerInfo:
     wanted = _folded(sampler)
     if wanted in _SPELLINGS:
         return _SPELLINGS[wanted]
+    if wanted.startswith(("dpmppsde", "dpmsolversde")):
+        raise RequestError(
+            f"there is no sampler {sampler!r}: its steps draw noise twice, from a Brownian tree, where a row"
+            " has one noise; choose 'dpmpp_2m_sde'"
+        )
     close = difflib.get_close_matches(wanted, _SPELLINGS, n=1)
     hint = f"did you mean {_SPELLINGS[close[0]].name!r}? " if close else ""
     raise RequestError(f"there is no sampler {sampler!r}: {hint}The samplers are {listing()}")

@@ -74,8 +74,9 @@ def _integrals(known: F64, target: float) -> F64:
     weights = np.empty(len(known))
     for index, own in enumerate(known):
         others = np.delete(known, index)
-        basis = Polynomial(polyfromroots(others - known[0])) / np.prod(own - others)
+        basis = Polynomial(polyfromroots(others - known[0]))
         whole = basis - basis.deriv() + basis.deriv(2)
         # Counted from known[0], so that nothing large cancels.
-        weights[index] = np.exp(target) * whole(target - known[0]) - np.exp(known[0]) * whole(0.0)
+        integral = np.exp(target) * whole(target - known[0]) - np.exp(known[0]) * whole(0.0)
+        weights[index] = integral / np.prod(own - others)
     return weights

@@ -139,6 +139,8 @@ def _advance(step: _Step, sample: F64, known: Sequence[F64], new: F64 | None) ->
     path, at = step.path, step.start
     scale, other = (path.alpha, path.sigma) if step.data else (path.sigma, path.alpha)
     h = float(path.lambdas[at + 1] - path.lambdas[at])
+    if not h and step.order > 1:  # two equal timesteps: the paper has no answer, and the table is refused
+        return np.full_like(sample, math.nan)
     signed = -h if step.data else h
     growth = math.expm1(signed)
     form: F64 = other[at + 1] / other[at] * sample - scale[at + 1] * growth * known[0]
@@ -167,4 +169,6 @@ def _weights(spread: F64, signed: float, factor: float) -> F64:
         moments.append(phi * factorial / factor)
         factorial *= k + 1
         phi = phi / signed - 1 / factorial
+    if len(np.unique(spread)) < len(spread):
+        return np.full(len(spread), math.nan)
     return np.asarray(np.linalg.solve(powers, np.array(moments)), np.float64)

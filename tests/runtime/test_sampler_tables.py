@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -202,6 +203,8 @@ def test_unknown_sampler() -> None:
         RequestError, match=r"no sampler 'eulre': did you mean 'euler'\? The samplers are ddim, ddpm"
     ):
         make_table(SD, "eulre", 5, history=HISTORY)
+    with pytest.raises(RequestError, match=r"no sampler 'DPM.. SDE Karras': its steps draw noise twice"):
+        find("DPM++ SDE Karras")
     with pytest.raises(RequestError, match="no sampler ''"):
         find("")
 
@@ -295,6 +298,10 @@ def test_no_table_of_infinities() -> None:
         make_table(config, "ddim", 5, history=HISTORY)
     with pytest.raises(RequestError, match="fewer steps"):
         make_table({**SD, "timestep_spacing": "leading"}, "dpmpp_2m", 1000, history=HISTORY)
+    for sampler, order in itertools.product(("dpmpp_2m", "deis", "unipc"), (2, 3)):
+        config = {**SD, "timestep_spacing": "linspace", "solver_order": order}  # two timesteps are equal
+        with pytest.raises(RequestError, match=r"no finite coefficients .* fewer steps"):
+            make_table(config, sampler, 1000, history=HISTORY)
 
 
 def test_timesteps_beyond_training() -> None:
