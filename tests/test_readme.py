@@ -32,6 +32,7 @@ def test_command_line_examples(
         assert main(command[1:]) == 0, shlex.join(command)
     assert {path.name for path in tmp_path.iterdir()} == {
         "star.png",
+        "heart.png",
         "hearts-1.png",
         "hearts-2.png",
         "hearts-3.png",
