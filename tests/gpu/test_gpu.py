@@ -1,7 +1,6 @@
 """What only an NVIDIA GPU can tell. `make test-gpu` runs these; elsewhere they skip and say so."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from allaprima.bundle import BackendError, open_bundle, resolve
+from allaprima.bundle import BackendError, Bundle, open_bundle, resolve
 from allaprima.engine import build_bundle, parse_sizes
 from allaprima.engine.verify import draw_inputs
 from allaprima.runtime import Pipeline, backends
@@ -34,26 +33,24 @@ def gpu() -> Gpu:
 
 @pytest.fixture(params=GPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """A backend that works here, with engines of shapes for two sizes and up to three pictures."""
+    """A backend that works here."""
     name = str(request.param)
     info = next(info for info in backends() if info.name == name)
     if not info.available:
         pytest.skip(f"{name}: {info.reason}")
-    if not name.startswith("ort"):
-        build_bundle(open_bundle(resolve("shapes")), backend=name, sizes=parse_sizes(SIZES), batch=(1, 3))
     return name
 
 
+def open_built(bundle: Bundle, backend: str) -> Pipeline:
+    """With engines for two sizes and up to three pictures, if the backend wants them built."""
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        build_bundle(bundle, backend=backend, sizes=parse_sizes(SIZES), batch=(1, 3))
+    return Pipeline.open(bundle.folder, backend=backend)
+
+
 @pytest.fixture
-def pipeline(backend: str) -> Iterator[Pipeline]:
-    with Pipeline.open("shapes", backend=backend) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[Pipeline]:
-    with Pipeline.open("shapes", backend="ort") as opened:
-        yield opened
+def shapes() -> Bundle:
+    return open_bundle(resolve("shapes"))
 
 
 REQUESTS: list[dict[str, Any]] = [
@@ -75,51 +72,53 @@ def pictures(result: Any) -> list[NDArray[np.uint8]]:
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_same_pictures_as_on_the_cpu(
-    pipeline: Pipeline, reference: Pipeline, graphs: bool, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, backend: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shapes change back and forth. Both compute in float16; a chain of steps makes small errors larger."""
     if not graphs:
         monkeypatch.setattr(Gpu, "capture", lambda self, work: None)
-    for request in REQUESTS * 2:
-        got = pictures(pipeline.generate(PROMPT, seed=3, **request))
-        wanted = pictures(reference.generate(PROMPT, seed=3, **request))
-        assert min(map(psnr, got, wanted)) > 25
+    with (
+        open_built(bundle, backend) as pipeline,
+        Pipeline.open(bundle.folder, backend="ort") as reference,
+    ):
+        for request in REQUESTS * 2:
+            got = pictures(pipeline.generate(PROMPT, seed=3, **request))
+            wanted = pictures(reference.generate(PROMPT, seed=3, **request))
+            assert min(map(psnr, got, wanted)) > 25
 
 
-def test_graphs_do_not_change_a_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Pipeline.open("shapes", backend=backend) as captured:
+def test_graphs_do_not_change_a_bit(shapes: Bundle, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_built(shapes, backend) as captured:
         wanted = [pictures(captured.generate(PROMPT, seed=3, **request)) for request in REQUESTS * 2]
     monkeypatch.setattr(Gpu, "capture", lambda self, work: None)
-    with Pipeline.open("shapes", backend=backend) as plain:
+    with open_built(shapes, backend) as plain:
         got = [pictures(plain.generate(PROMPT, seed=3, **request)) for request in REQUESTS * 2]
-    assert all(
-        np.array_equal(a, b)
-        for one, two in zip(got, wanted, strict=True)
-        for a, b in zip(one, two, strict=True)
-    )
+    pairs = [pair for one, two in zip(got, wanted, strict=True) for pair in zip(one, two, strict=True)]
+    assert all(np.array_equal(one, two) for one, two in pairs)
 
 
 def paint(pipeline: Pipeline, seed: int) -> NDArray[np.uint8]:
     return pictures(pipeline.generate(PROMPT, seed=seed))[0]
 
 
-def test_two_pipelines(backend: str) -> None:
-    with Pipeline.open("shapes", backend=backend) as one, Pipeline.open("shapes", backend=backend) as two:
+def test_two_pipelines(shapes: Bundle, backend: str) -> None:
+    with open_built(shapes, backend) as one, open_built(shapes, backend) as two:
         alone = [paint(one, 1), paint(one, 2)]
         assert np.array_equal(paint(two, 1), alone[0])
         assert np.array_equal(paint(one, 2), alone[1])
         assert np.array_equal(paint(two, 2), alone[1])
 
 
-def test_memory_does_not_grow(pipeline: Pipeline, gpu: Gpu) -> None:
-    for request in REQUESTS:
-        pipeline.generate(PROMPT, seed=1, **request)
-    gpu.synchronize()
-    before = gpu.free_memory()[0]
-    for seed in range(200):
-        pipeline.generate(PROMPT, seed=seed, num_inference_steps=2, width=(128, 192)[seed % 2])
-    gpu.synchronize()
-    assert before - gpu.free_memory()[0] < 32e6
+def test_memory_does_not_grow(shapes: Bundle, backend: str, gpu: Gpu) -> None:
+    with open_built(shapes, backend) as pipeline:
+        for request in REQUESTS:
+            pipeline.generate(PROMPT, seed=1, **request)
+        gpu.synchronize()
+        before = gpu.free_memory()[0]
+        for seed in range(200):
+            pipeline.generate(PROMPT, seed=seed, num_inference_steps=2, width=(128, 192)[seed % 2])
+        gpu.synchronize()
+        assert before - gpu.free_memory()[0] < 32e6
 
 
 def test_blocks(gpu: Gpu) -> None:
@@ -154,20 +153,19 @@ def test_foreign_streams(gpu: Gpu) -> None:
     assert (block.tensors["a"].array == 5).all()
 
 
-def test_onnxruntime_uses_its_fast_kernels(gpu: Gpu, tmp_path: Path) -> None:
+def test_onnxruntime_uses_its_fast_kernels(shapes: Bundle, gpu: Gpu, tmp_path: Path) -> None:
     """The profile of a step: all but shapes runs on the GPU, attention in one kernel, nothing is copied."""
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("the installed onnxruntime is not the one for CUDA")
-    bundle = open_bundle(resolve("shapes"))
-    component = bundle.component("denoiser")
+    component = shapes.component("denoiser")
     options = session_options()
     options.enable_profiling = True
     options.profile_file_prefix = str(tmp_path / "profile")
     chosen = [("CUDAExecutionProvider", CUDA.options(gpu, False)), "CPUExecutionProvider"]
-    session = open_graph(bundle.path(component.graph), component, options, chosen)
-    inputs = draw_inputs(component, {"B": 1, "G": 2, "H": 16, "W": 16}, 100)
+    session = open_graph(shapes.path(component.graph), component, options, chosen)
+    inputs = draw_inputs(component, {"B": 1, "G": 2, "L": 77, "H": 16, "W": 16}, 100)
     for _ in range(3):
         session.run(None, dict(inputs))
     events = json.loads(Path(session.end_profiling()).read_text())
