@@ -52,6 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--guidance-rescale", metavar="X", type=float, default=0.0, help="tames strong guidance, 0 to 1"
     )
     parser.add_argument(
+        "--variation-strength", metavar="X", type=float, default=0.0, help="how far to vary the seed, 0 to 1"
+    )
+    parser.add_argument("--variation-seed", metavar="N", type=int, help="towards which (default: random)")
+    parser.add_argument(
         "--image", metavar="FILE", help="a picture to begin with; its size is taken if --size does not say"
     )
     parser.add_argument(
@@ -115,6 +119,8 @@ def run(options: argparse.Namespace) -> None:
             guidance_rescale=options.guidance_rescale,
             image=options.image,
             strength=options.strength,
+            variation_seed=options.variation_seed,
+            variation_strength=options.variation_strength,
             callback=lambda progress: report(progress.stage, progress.step, progress.total),
         )
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):

@@ -94,6 +94,7 @@ def describe(parameters: Parameters) -> str:
         "Seed": p.seed,
         "Size": f"{p.width}x{p.height}",
         **({} if p.strength is None else {"Denoising strength": f"{p.strength:g}"}),
+        **_variation(p),
         "Model": p.bundle,
         "Version": f"allaprima {p.version}",
     }
@@ -101,6 +102,13 @@ def describe(parameters: Parameters) -> str:
     if p.negative_prompt:
         lines.append(f"Negative prompt: {p.negative_prompt}")
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+
+
+def _variation(parameters: Parameters) -> dict[str, object]:
+    if parameters.variation_seed is None:
+        return {}
+    strength = f"{parameters.variation_strength:g}"
+    return {"Variation seed": parameters.variation_seed, "Variation seed strength": strength}
 
 
 def _options(kind: str, parameters: Parameters) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from allaprima.bundle import (
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
-from allaprima.runtime.noise import Noise
+from allaprima.runtime.noise import Noise, turned
 from allaprima.runtime.pictures import Source, encodable
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
@@ -170,14 +170,16 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         image: Source | None = None,
         strength: float | None = None,
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
         callback: Callback | None = None,
     ) -> Result:
         """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again. `long_prompts`, `prompt_weights`, `clip_skip`, `guidance_rescale`, and `image` with
-        `strength` for image to image: see Request.
+        used again. `long_prompts`, `prompt_weights`, `clip_skip`, `guidance_rescale`, `image` with `strength`
+        for image to image, and variations: see Request.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
@@ -198,6 +200,8 @@ class Pipeline:
             guidance_rescale=guidance_rescale,
             image=image,
             strength=strength,
+            variation_seed=variation_seed,
+            variation_strength=variation_strength,
         )
         return self.paint(request, callback=callback)
 
@@ -284,7 +288,8 @@ class Pipeline:
 
         A picture's own latents are drawn first, then the noise over them, as in diffusers.
         """
-        streams = [Noise(settings.seed + index) for index in range(settings.num_images)]
+        varied = settings.variation_seed is not None
+        streams = [Noise(settings.seed + index * (not varied)) for index in range(settings.num_images)]
         clean, scale = 0.0, table.init_noise_sigma
         if settings.picture is not None:
             if table.start is None:
@@ -293,12 +298,15 @@ class Pipeline:
                 )
             clean, scale = table.start
             mean, deviation = self._encode_picture(settings.picture, settings.height, settings.width)
-        for sample, noise in zip(denoiser.sample, streams, strict=True):
+        for index, (sample, noise) in enumerate(zip(denoiser.sample, streams, strict=True)):
+            sample[...] = 0
             if settings.picture is not None:
-                drawn = mean + deviation * noise.normal(sample.shape)
-                sample[...] = np.float32(clean) * drawn + np.float32(scale) * noise.normal(sample.shape)
-            else:
-                np.multiply(noise.normal(sample.shape), np.float32(scale), out=sample)
+                sample[...] = np.float32(clean) * (mean + deviation * noise.normal(sample.shape))
+            first = noise.normal(sample.shape)
+            if settings.variation_seed is not None:
+                other = Noise(settings.variation_seed + index).normal(sample.shape)
+                first = turned(first, other, settings.variation_strength)
+            sample += np.float32(scale) * first
         denoiser.history[...] = 0
         denoiser.push()
         return streams
@@ -350,12 +358,19 @@ class Pipeline:
         known = {field.name for field in fields(Parameters)}
         given = {name: value for name, value in vars(settings).items() if name in known}
         return Parameters(
-            **{**given, "sampler": table.sampler, "seed": settings.seed + index},
+            **{**given, **_seeds(settings, index), "sampler": table.sampler},
             bundle=self.bundle.manifest.name,
             backend=self.backend,
             precision=self.precision,
             version=VERSION,
         )
+
+
+def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
+    """What image `index` alone is painted with."""
+    if settings.variation_seed is None:
+        return {"seed": settings.seed + index, "variation_seed": None}
+    return {"seed": settings.seed, "variation_seed": settings.variation_seed + index}
 
 
 def _denoise(denoiser: Denoiser, table: Table, streams: list[Noise], callback: Callback | None) -> None:

@@ -20,7 +20,8 @@ STRENGTH = 0.8
 class Settings:
     """A request with everything resolved but the sampler: None is the bundle's own.
 
-    `height` and `width` in pixels. Image i uses `seed + i`. `picture` is what to begin with, `strength` None
+    `height` and `width` in pixels. Image i uses `seed + i`; if there is a variation, all use `seed`, and
+    image i `variation_seed + i`. `picture` is what to begin with, `strength` None
     if there is none.
     """
 
@@ -40,6 +41,8 @@ class Settings:
     guidance_rescale: float = 0.0
     strength: float | None = None
     picture: Image.Image | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
     @property
     def begin(self) -> int:
@@ -68,6 +71,8 @@ class Request:
     that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
     `image` is a picture to begin with; without `height` and `width` its own size is taken, rounded down to
     what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8.
+    `variation_strength`, from 0 to 1, turns the first noise of `seed` towards that of `variation_seed` (None
+    is random): pictures that resemble each other.
     """
 
     prompt: str
@@ -86,6 +91,8 @@ class Request:
     guidance_rescale: float = 0.0
     image: Source | None = None
     strength: float | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -122,6 +129,8 @@ class Request:
             guidance_rescale=_share("guidance_rescale", self.guidance_rescale),
             strength=_strength(self.strength, picture),
             picture=picture,
+            variation_seed=_variation(self.variation_seed, self.variation_strength, count),
+            variation_strength=_share("variation_strength", self.variation_strength),
         )
         if settings.begin == settings.num_inference_steps:
             raise RequestError(
@@ -143,6 +152,15 @@ def _strength(value: object, picture: Image.Image | None) -> float | None:
             raise RequestError(f"strength is {value!r}, but there is no image to paint over: hand one in")
         return None
     return STRENGTH if value is None else _share("strength", value)
+
+
+def _variation(seed: int | None, strength: float, count: int) -> int | None:
+    """The variation's seed, random if there is a strength; RequestError for a seed without one."""
+    if strength:
+        return _seed(seed, count, "variation_seed")
+    if seed is not None:
+        raise RequestError(f"variation_seed is {seed}, but variation_strength is 0: give one up to 1")
+    return None
 
 
 def _flag(name: str, value: object) -> bool:
@@ -182,10 +200,10 @@ def _share(name: str, value: object) -> float:
     return share
 
 
-def _seed(value: int | None, count: int) -> int:
-    seed = secrets.randbits(32) if value is None else _whole("seed", value, 0)
+def _seed(value: int | None, count: int, name: str = "seed") -> int:
+    seed = secrets.randbits(32) if value is None else _whole(name, value, 0)
     if seed + count > 2**64:
-        raise RequestError(f"seed {seed} is too large for {count} images: seeds end at 2**64 - 1")
+        raise RequestError(f"{name} {seed} is too large for {count} images: seeds end at 2**64 - 1")
     return seed
 
 

@@ -49,6 +49,8 @@ class Parameters:
     clip_skip: int = 0
     guidance_rescale: float = 0.0
     strength: float | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,15 @@ def test_chunks(image: Image.Image, tmp_path: Path) -> None:
         assert json.loads(loaded.info["allaprima"])["seed"] == 7
 
 
+def test_chunks_of_variations_and_repainted_pictures(image: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    changes = {"strength": 0.6, "variation_seed": 9, "variation_strength": 0.25}
+    save_image(image, path, replace(PARAMETERS, **changes))
+    with Image.open(path) as loaded:
+        words = "Denoising strength: 0.6, Variation seed: 9, Variation seed strength: 0.25, Model: shapes"
+        assert words in loaded.info["parameters"]
+
+
 def test_no_negative_prompt(image: Image.Image, tmp_path: Path) -> None:
     save_image(image, tmp_path / "a.png", replace(PARAMETERS, negative_prompt="", guidance_scale=7.25))
     with Image.open(tmp_path / "a.png") as loaded:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.noise import Noise, _fma
+from allaprima.runtime.noise import Noise, _fma, turned
 
 # PyTorch's vectorised kernels, which x86-64 has since 2013; elsewhere it rounds differently.
 VECTORISED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -107,3 +107,16 @@ def test_fma_where_rounding_twice_is_wrong(factors: tuple[float, float], expecte
     """The sum with 1 + 2**-23 is so near a midpoint of float32 that float64 cannot tell them apart."""
     a, b = factors
     assert _fma(np.array([a], np.float32), b, 1 + 2.0**-23)[0] == expected
+
+
+def test_turned() -> None:
+    one, two = Noise(1).normal((4, 16, 16)), Noise(2).normal((4, 16, 16))
+    assert np.array_equal(turned(one, two, 0.0), one)
+    np.testing.assert_allclose(turned(one, two, 1.0), two, atol=1e-6)
+    assert np.array_equal(turned(one, one, 0.5), one)
+    for share in (0.1, 0.5, 0.9):
+        between = turned(one, two, share)
+        assert between.dtype == np.float32
+        assert abs(between.std() - 1) < 0.05  # a mean of the two would have 0.71
+        near = np.corrcoef(between.ravel(), one.ravel())[0, 1]
+        assert abs(near - np.cos(share * np.pi / 2)) < 0.05

@@ -350,3 +350,37 @@ def test_lanes_at_their_own_rows(bundle: Bundle) -> None:
     for lane, wanted in enumerate(alone):
         assert np.array_equal(together.sample[lane], wanted)
     assert np.all(together.sample[3] == 0.5)
+
+
+def test_variations(ort: Pipeline) -> None:
+    """From the picture of one seed to that of the other, and each can be painted again alone."""
+
+    def paint(**options: Any) -> NDArray[np.float64]:
+        return np.asarray(ort.generate(PROMPT, **options).images[0]).astype(np.float64)
+
+    start, end = paint(seed=3), paint(seed=8)
+    away = [
+        np.abs(paint(seed=3, variation_seed=8, variation_strength=share) - start).mean()
+        for share in (0.01, 0.1, 0.5, 1.0)
+    ]
+    assert 0 < away[0] < away[1] < away[2] < away[3]
+    whole = paint(seed=3, variation_seed=8, variation_strength=1.0)
+    assert np.abs(whole - end).max() <= 1
+    several = ort.generate(PROMPT, seed=3, variation_seed=8, variation_strength=0.3, num_images=3)
+    third = several.parameters[2]
+    assert (third.seed, third.variation_seed, third.variation_strength) == (3, 10, 0.3)
+    again = paint(seed=3, variation_seed=10, variation_strength=0.3)
+    assert np.array_equal(again, np.asarray(several.images[2]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variation_seed": 5}, "variation_seed is 5, but variation_strength is 0"),
+        ({"variation_strength": 1.5}, "variation_strength is 1.5"),
+        ({"variation_strength": 0.5, "variation_seed": -1}, "variation_seed is -1"),
+    ],
+)
+def test_wrong_variations(ort: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        ort.generate(PROMPT, **options)
