@@ -58,8 +58,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", metavar="FILE", help="a picture to begin with; its size is taken if --size does not say"
     )
+    parser.add_argument("--mask", metavar="FILE", help="where to paint over it: white; what is black stays")
     parser.add_argument(
-        "--strength", metavar="X", type=float, help="how much of it is painted over, 0 to 1 (0.8)"
+        "--strength",
+        metavar="X",
+        type=float,
+        help="how much to paint over, 0 to 1 (0.8; with a mask 1)",
     )
     parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
@@ -121,6 +125,7 @@ def run(options: argparse.Namespace) -> None:
             strength=options.strength,
             variation_seed=options.variation_seed,
             variation_strength=options.variation_strength,
+            mask=options.mask,
             callback=lambda progress: report(progress.stage, progress.step, progress.total),
         )
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):

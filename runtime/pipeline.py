@@ -25,6 +25,7 @@ from allaprima.bundle import (
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
+from allaprima.runtime.inpainting import Kept, latent_mask
 from allaprima.runtime.noise import Noise, turned
 from allaprima.runtime.pictures import Source, encodable
 from allaprima.runtime.request import Request, Settings
@@ -172,6 +173,7 @@ class Pipeline:
         strength: float | None = None,
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
+        mask: Source | None = None,
         callback: Callback | None = None,
     ) -> Result:
         """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
@@ -179,7 +181,7 @@ class Pipeline:
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
         used again. `long_prompts`, `prompt_weights`, `clip_skip`, `guidance_rescale`, `image` with `strength`
-        for image to image, and variations: see Request.
+        for image to image, `mask` for inpainting, and variations: see Request.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
@@ -202,6 +204,7 @@ class Pipeline:
             strength=strength,
             variation_seed=variation_seed,
             variation_strength=variation_strength,
+            mask=mask,
         )
         return self.paint(request, callback=callback)
 
@@ -226,10 +229,10 @@ class Pipeline:
             )
             denoiser = self._prepare(settings, conditioning)
             self._encode(denoiser, settings, conditioning)
-            streams = self._begin(denoiser, settings, table)
+            streams, kept = self._begin(denoiser, settings, table)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
-            _denoise(denoiser, table, streams, callback)
+            _denoise(denoiser, table, streams, kept, callback)
             self._check_finite(denoiser)
             marks.append(perf_counter())
             images, flagged = self._check_safety(self._decode(denoiser, settings, callback))
@@ -283,33 +286,39 @@ class Pipeline:
             denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
         conditioning.write(self._text_encoder, denoiser, self._sessions["denoiser"].memory)
 
-    def _begin(self, denoiser: Denoiser, settings: Settings, table: Table) -> list[Noise]:
+    def _begin(self, denoiser: Denoiser, settings: Settings, table: Table) -> tuple[list[Noise], Kept | None]:
         """Put the first latents in place, one stream of noise per image; the streams go on from there.
 
-        A picture's own latents are drawn first, then the noise over them, as in diffusers.
+        A picture's own latents are drawn first, then the noise over them, as in diffusers. What a mask keeps
+        of the picture is returned too.
         """
         varied = settings.variation_seed is not None
         streams = [Noise(settings.seed + index * (not varied)) for index in range(settings.num_images)]
         clean, scale = 0.0, table.init_noise_sigma
+        latents, noise = np.zeros((2, *denoiser.sample.shape), np.float32)
         if settings.picture is not None:
-            if table.start is None:
-                raise RequestError(
-                    f"sampler {table.sampler!r} cannot begin with a picture: choose another one"
-                )
-            clean, scale = table.start
+            if table.levels is None:
+                raise RequestError(f"sampler {table.sampler!r} cannot begin with a picture: choose another")
+            if settings.mask is None or settings.begin:
+                clean, scale = table.levels[0]
             mean, deviation = self._encode_picture(settings.picture, settings.height, settings.width)
-        for index, (sample, noise) in enumerate(zip(denoiser.sample, streams, strict=True)):
-            sample[...] = 0
-            if settings.picture is not None:
-                sample[...] = np.float32(clean) * (mean + deviation * noise.normal(sample.shape))
-            first = noise.normal(sample.shape)
+            for each, stream in zip(latents, streams, strict=True):
+                each[...] = mean + deviation * stream.normal(each.shape)
+        for index, (first, stream) in enumerate(zip(noise, streams, strict=True)):
+            first[...] = stream.normal(first.shape)
             if settings.variation_seed is not None:
-                other = Noise(settings.variation_seed + index).normal(sample.shape)
-                first = turned(first, other, settings.variation_strength)
-            sample += np.float32(scale) * first
+                other = Noise(settings.variation_seed + index).normal(first.shape)
+                first[...] = turned(first, other, settings.variation_strength)
+            if settings.mask is not None:
+                stream.normal(first.shape)  # diffusers draws the latents of the masked picture too
+        denoiser.sample[...] = np.float32(clean) * latents + np.float32(scale) * noise
         denoiser.history[...] = 0
         denoiser.push()
-        return streams
+        if settings.mask is None:
+            return streams, None
+        downscale = self.bundle.manifest.latent.downscale
+        mask = latent_mask(settings.mask, settings.height, settings.width, downscale)
+        return streams, Kept(mask, latents, noise)
 
     def _encode_picture(self, picture: Image.Image, height: int, width: int) -> tuple[Floats, Floats]:
         """Mean and standard deviation of a picture's latents; the graph is loaded when it is first needed."""
@@ -373,7 +382,9 @@ def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
     return {"seed": settings.seed, "variation_seed": settings.variation_seed + index}
 
 
-def _denoise(denoiser: Denoiser, table: Table, streams: list[Noise], callback: Callback | None) -> None:
+def _denoise(
+    denoiser: Denoiser, table: Table, streams: list[Noise], kept: Kept | None, callback: Callback | None
+) -> None:
     total = len(table.timesteps)
     for row in range(total):
         denoiser.write(table, row)
@@ -382,6 +393,10 @@ def _denoise(denoiser: Denoiser, table: Table, streams: list[Noise], callback: C
                 buffer[...] = noise.normal(buffer.shape)
             denoiser.push_noise()
         denoiser.step()
+        if kept is not None and table.levels is not None:
+            denoiser.pull()
+            kept.put_back(denoiser.sample, *(table.levels[row + 1] if row + 1 < total else (1.0, 0.0)))
+            denoiser.push()
         _tell(callback, "denoise", row + 1, total, denoiser)
 
 

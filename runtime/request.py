@@ -10,10 +10,13 @@ from numbers import Integral, Real
 from PIL import Image
 
 from allaprima.bundle import Latent, Manifest, RequestError
+from allaprima.runtime.inpainting import read_mask
 from allaprima.runtime.pictures import Source, fitting_size, read_picture
 
 STRENGTH = 0.8
 """How much of a picture is painted over if a request does not say."""
+MASKED_STRENGTH = 1.0
+"""The same for the part of it that a mask shows."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Settings:
     picture: Image.Image | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0
+    mask: Image.Image | None = None
 
     @property
     def begin(self) -> int:
@@ -71,6 +75,8 @@ class Request:
     that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
     `image` is a picture to begin with; without `height` and `width` its own size is taken, rounded down to
     what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8.
+    `mask`, a picture of the same size, says where: white is painted over (with a strength of 1 if none is
+    given), black stays.
     `variation_strength`, from 0 to 1, turns the first noise of `seed` towards that of `variation_seed` (None
     is random): pictures that resemble each other.
     """
@@ -93,6 +99,7 @@ class Request:
     strength: float | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0
+    mask: Source | None = None
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -127,10 +134,11 @@ class Request:
             prompt_weights=_flag("prompt_weights", self.prompt_weights),
             clip_skip=_whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
             guidance_rescale=_share("guidance_rescale", self.guidance_rescale),
-            strength=_strength(self.strength, picture),
+            strength=_strength(self.strength, picture, masked=self.mask is not None),
             picture=picture,
             variation_seed=_variation(self.variation_seed, self.variation_strength, count),
             variation_strength=_share("variation_strength", self.variation_strength),
+            mask=_mask(self.mask, picture),
         )
         if settings.begin == settings.num_inference_steps:
             raise RequestError(
@@ -146,12 +154,21 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _strength(value: object, picture: Image.Image | None) -> float | None:
+def _mask(source: Source | None, picture: Image.Image | None) -> Image.Image | None:
+    if source is None:
+        return None
+    if picture is None:
+        raise RequestError("there is a mask, but no image to paint over: hand one in")
+    return read_mask(source, picture)
+
+
+def _strength(value: object, picture: Image.Image | None, *, masked: bool) -> float | None:
     if picture is None:
         if value is not None:
             raise RequestError(f"strength is {value!r}, but there is no image to paint over: hand one in")
         return None
-    return STRENGTH if value is None else _share("strength", value)
+    usual = MASKED_STRENGTH if masked else STRENGTH
+    return usual if value is None else _share("strength", value)
 
 
 def _variation(seed: int | None, strength: float, count: int) -> int | None:

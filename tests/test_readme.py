@@ -26,6 +26,7 @@ def test_command_line_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Image.new("L", (128, 128), 255).save("mask.png")
     commands = [shlex.split(line, comments=True) for line in BLOCKS["From the command line"].splitlines()]
     for command in commands:
         assert command[0] == "allaprima"
@@ -36,6 +37,7 @@ def test_command_line_examples(
         "hearts-1.png",
         "hearts-2.png",
         "hearts-3.png",
+        "mask.png",
     }
     assert Image.open(tmp_path / "hearts-1.png").size == (192, 128)
     capsys.readouterr()

@@ -41,8 +41,11 @@ class Table:
     """[N], whether noise is drawn at this call, even if its coefficient is 0: it moves the random stream."""
     init_noise_sigma: float
     """The initial sample is noise times this."""
-    start: tuple[float, float] | None
-    """To begin with a picture: its latents times the first, plus noise times the second; None: it cannot."""
+    levels: F32 | None
+    """[N, 2], the sample before each call: a picture's latents times the first, plus noise times the second.
+
+    None for samplers that cannot begin with a picture.
+    """
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Draft:
             update=_sealed(update),
             draws=np.broadcast_to(np.asarray(self.draws), count),
             init_noise_sigma=float(self.init_noise_sigma),
-            start=None if self.levels is None else (float(self.levels[0, 0]), float(self.levels[0, 1])),
+            levels=None if self.levels is None else _sealed(self.levels),
         )
 
 

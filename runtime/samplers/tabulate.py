@@ -89,7 +89,7 @@ def make_table(
         timesteps: a schedule of one's own, descending, for the samplers whose scheduler takes one.
         sigmas: likewise; for Euler the last one is that of the result, usually 0.
         begin: how many steps to leave out at the beginning, from 0 to one less than there are, for a sample
-            that begins with a picture (see `Table.start`).
+            that begins with a picture (see `Table.levels`).
 
     Raises:
         RequestError: an unknown sampler, a configuration that it cannot honour, an argument out of range.

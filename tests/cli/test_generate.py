@@ -97,6 +97,7 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
         "strength": None,
         "variation_seed": None,
         "variation_strength": 0.0,
+        "mask": None,
     }
     assert read_parameters("picture.png")["prompt"] == "a red circle"
 
@@ -106,6 +107,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
     words += ["--eta", "0.5", "--negative-prompt", "blur", "-n", "2", "-o", "out.webp"]
     words += ["--backend", "ort", "--precision", "fp32", "--threads", "2", "--no-safety-checker"]
     words += ["--image", "start.png", "--strength", "0.6"]
+    words += ["--mask", "mask.png"]
     words += ["--variation-seed", "5", "--variation-strength", "0.25"]
     words += ["--long-prompts", "--prompt-weights", "--clip-skip", "2", "--guidance-rescale", "0.7"]
     outcome = allaprima("generate", "my bundle", *words, "a cat")
@@ -136,6 +138,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
         "strength": 0.6,
         "variation_seed": 5,
         "variation_strength": 0.25,
+        "mask": "mask.png",
     }
     assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
     assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]

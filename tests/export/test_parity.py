@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -42,7 +43,8 @@ def psnr(a: Pictures, b: Pictures) -> float:
 
 
 def reference_of(folder: Path, kind: str = "StableDiffusionPipeline") -> Reference:
-    pipeline = getattr(diffusers, kind).from_pretrained(folder, dtype=torch.float32)
+    parts = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).components
+    pipeline = getattr(diffusers, kind)(**parts, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     own = {**pipeline.scheduler.config, "clip_sample": False}  # as the pipeline corrects its own
 
@@ -144,6 +146,33 @@ def test_image_to_image(repainting: tuple[Reference, Pipeline], sampler: str, st
             negative_prompt="a green star",
         )
         assert found >= 50, f"{steps} steps: {found:.1f} dB"
+
+
+@pytest.fixture(scope="module")
+def inpainting(tiny_checkpoint: Path, tiny: tuple[Reference, Pipeline]) -> tuple[Reference, Pipeline]:
+    reference = reference_of(tiny_checkpoint, "StableDiffusionInpaintPipeline")
+
+    def paint(sampler: str, *, mask: Image.Image, **settings: Any) -> Pictures:
+        return reference(sampler, mask_image=mask, width=96, height=64, **settings)
+
+    return paint, tiny[1]
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "pndm", "heun", "unipc"])
+def test_inpainting(inpainting: tuple[Reference, Pipeline], sampler: str, strength: float) -> None:
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (30, 10, 75, 50))
+    found = compare(
+        inpainting,
+        sampler,
+        image=picture(96, 64),
+        mask=mask,
+        strength=strength,
+        num_inference_steps=6,
+        guidance_scale=5.0,
+    )
+    assert found >= 50, f"{found:.1f} dB"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

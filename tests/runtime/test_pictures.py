@@ -12,6 +12,7 @@ from PIL import Image
 
 from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime import Request
+from allaprima.runtime.inpainting import Kept, latent_mask
 from allaprima.runtime.pictures import MOST_PIXELS, encodable, fitting_size, read_picture
 
 
@@ -126,3 +127,29 @@ def test_steps_are_counted_as_in_diffusers(
 def test_wrong_strengths(manifest: Manifest, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Request("x", **fields).check(manifest)
+
+
+def test_masks(manifest: Manifest) -> None:
+    mask = Image.new("L", PICTURE.size)
+    mask.paste(255, (0, 0, 100, 130))
+    settings = Request("x", image=PICTURE, mask=mask).check(manifest)
+    assert settings.strength == 1.0
+    assert settings.mask is not None
+    assert Request("x", image=PICTURE, mask=mask, strength=0.4).check(manifest).strength == 0.4
+    cut = latent_mask(settings.mask, 64, 96, 8)
+    assert cut.shape == (8, 12)
+    assert (cut[:, :6] == 1).all()
+    assert (cut[:, 6:] == 0).all()
+    with pytest.raises(RequestError, match=r"the mask has 10 x 20 pixels, the image 200 x 130: hand in two"):
+        Request("x", image=PICTURE, mask=Image.new("L", (10, 20))).check(manifest)
+    with pytest.raises(RequestError, match="there is a mask, but no image"):
+        Request("x", mask=mask).check(manifest)
+    with pytest.raises(RequestError, match="mask cannot be read: not a picture"):
+        Request("x", image=PICTURE, mask=b"none").check(manifest)
+
+
+def test_what_is_kept_is_put_back() -> None:
+    kept = Kept(np.array([[1.0, 0.0]], np.float32), *np.float32([[[[[2.0, 2.0]]]], [[[[4.0, 4.0]]]]]))
+    sample = np.full((1, 1, 1, 2), 9, np.float32)
+    kept.put_back(sample, 0.5, 0.25)
+    assert sample.ravel().tolist() == [9.0, 2.0]
