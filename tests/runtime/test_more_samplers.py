@@ -72,7 +72,16 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 # Where float32 inside diffusers leaves less than 1e-6. The lower sigma of an ancestral step is a difference
 # there. A sigma that is an ulp off counts fifty times in the weights of LMS, and several times in those of
 # the other multistep solvers at fifty steps. DPM's sample is rounded at each step.
-LIMITS = {"dpm2_a": 2e-4, "lms": 1e-5, "deis": 5e-6, "unipc": 5e-6, "dpmpp_2m": 5e-6}
+LIMITS = {
+    "dpm2_a": 4e-4,
+    "lms": 1e-5,
+    "deis": 5e-6,
+    "unipc": 5e-6,
+    "dpmpp_2m": 5e-6,
+    # Up to 8e-7 on one processor; float32 logarithms differ in the last bit on another.
+    "dpmpp_2s": 2e-6,
+    "heun": 2e-6,
+}
 
 
 @pytest.fixture

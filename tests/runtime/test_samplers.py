@@ -74,7 +74,9 @@ def test_trajectory_of_diffusers(
         table = make_table(config, sampler, steps, history=HISTORY)
         # With zero terminal SNR diffusers takes logarithms in float32 of ratios up to 4096; what is left of
         # their last digits depends on the processor.
-        limit = 3e-5 if fields.get("rescale_betas_zero_snr") else 1e-5
+        # SDE solvers of order 3 come to 8e-6 in the same way.
+        wide = fields.get("rescale_betas_zero_snr") or fields.get("solver_order") == 3
+        limit = 3e-5 if wide else 1e-5
         assert error_of(table, kind.from_config(config), steps, monkeypatch) <= limit, (spacing, steps)
 
 
