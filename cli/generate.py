@@ -23,6 +23,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a folder or a built-in name (default: shapes)",
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what to paint")
+    _add_painting(parser)
+    _add_pictures(parser)
+    parser.add_argument(
+        "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
+    )
+    parser.add_argument(
+        "--precision", metavar="NAME", help="fp32, fp16 or bf16 (default: the backend's best)"
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=int, help="CPU threads (default: the backend's choice)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="picture.png",
+        help="numbered if there are several (picture.png)",
+    )
+    parser.add_argument(
+        "--no-safety-checker", action="store_true", help="do not let the model's safety checker look"
+    )
+    add_json(parser)
+    add_quiet(parser)
+
+
+def _add_painting(parser: argparse.ArgumentParser) -> None:
+    """What and how to paint."""
     parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what to stay away from")
     parser.add_argument("--steps", metavar="N", type=int, help="denoising steps")
     parser.add_argument(
@@ -51,6 +78,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-rescale", metavar="X", type=float, default=0.0, help="tames strong guidance, 0 to 1"
     )
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    """What to begin with."""
     parser.add_argument(
         "--variation-strength", metavar="X", type=float, default=0.0, help="how far to vary the seed, 0 to 1"
     )
@@ -65,27 +96,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="how much to paint over, 0 to 1 (0.8; with a mask 1)",
     )
-    parser.add_argument(
-        "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
-    )
-    parser.add_argument(
-        "--precision", metavar="NAME", help="fp32, fp16 or bf16 (default: the backend's best)"
-    )
-    parser.add_argument(
-        "--threads", metavar="N", type=int, help="CPU threads (default: the backend's choice)"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        default="picture.png",
-        help="numbered if there are several (picture.png)",
-    )
-    parser.add_argument(
-        "--no-safety-checker", action="store_true", help="do not let the model's safety checker look"
-    )
-    add_json(parser)
-    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -81,6 +81,7 @@ class Pipeline:
         self._safety: SafetyChecker | None = None
         self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
         self._decoder: tuple[object, Decoder] | None = None
+        self._encoder: tuple[object, Encoder] | None = None
         self._busy = threading.Lock()
 
     @classmethod
@@ -134,7 +135,7 @@ class Pipeline:
                 session.close()
             self._sessions.clear()
             self._text_encoder.close()
-            self._denoiser = self._decoder = self._safety = None
+            self._denoiser = self._decoder = self._encoder = self._safety = None
 
     def unload(self) -> None:
         """Let go of weights and buffers until the next picture. RequestError while one is painted."""
@@ -142,7 +143,7 @@ class Pipeline:
             for session in self._sessions.values():
                 session.unload()
             self._text_encoder.close()
-            self._denoiser = self._decoder = self._safety = None
+            self._denoiser = self._decoder = self._encoder = self._safety = None
 
     def __enter__(self) -> Self:
         return self
@@ -326,8 +327,11 @@ class Pipeline:
             if self._opens is None:
                 raise RequestError("this pipeline was made without a vae_encoder: it takes no picture")
             self._sessions[ENCODER] = self._opens(ENCODER)
-        encoder = Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, height, width)
-        return encoder.encode(encodable(picture, height, width))
+        key = height, width
+        if self._encoder is None or self._encoder[0] != key:
+            self._encoder = None
+            self._encoder = key, Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, *key)
+        return self._encoder[1].encode(encodable(picture, height, width))
 
     def _check_finite(self, denoiser: Denoiser) -> None:
         denoiser.pull()

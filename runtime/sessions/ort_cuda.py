@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
 from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_tensors
+from allaprima.runtime.sessions.gpu_driver import GpuDriver, check_precision
 from allaprima.runtime.sessions.ort import Reopened, bind_addresses, open_graph, session_options
 
 Options = dict[str, str]
 
 
 @dataclass(frozen=True)
-class OrtGpuDriver:
+class OrtGpuDriver(GpuDriver):
     """See backends.Driver. One for each of ONNX Runtime's providers for NVIDIA GPUs.
 
     `options` gives a provider's options for a GPU, with or without CUDA graphs. `plugin` is the package that
@@ -41,18 +44,6 @@ class OrtGpuDriver:
             raise BackendError(f"the installed onnxruntime {onnxruntime.__version__} has no {self.provider}")
         return str(onnxruntime.__version__)
 
-    def precisions(self) -> tuple[str, ...]:
-        """What it can compute in, fastest first; a graph runs in the one it was exported in."""
-        return ("fp16", "bf16", "fp32")
-
-    def converts(self) -> bool:
-        """A graph runs only in the precision that it was exported in."""
-        return False
-
-    def device(self) -> str:
-        """The GPU's name and compute capability."""
-        return str(default_gpu().device)
-
     def open_session(
         self,
         graph: Path,
@@ -63,11 +54,7 @@ class OrtGpuDriver:
         engines: Sequence[EngineFile],
     ) -> OrtCudaSession:
         """Load a graph; `backends.open_session` says the rest."""
-        if precision not in (None, component.precision):
-            raise BackendError(
-                f"onnxruntime runs a graph in the precision it was exported in, {component.precision}, not "
-                f"in {precision}: export with --precision {precision}"
-            )
+        check_precision("onnxruntime", component, precision)
         return OrtCudaSession(graph, component, default_gpu(), self)
 
     def open_graph(self, path: Path, component: Component, gpu: Gpu, *, graphs: bool) -> Any:
@@ -180,6 +167,12 @@ class OrtCudaSession:
         self._opened.close()
 
 
+def _release(session: Any, number: int) -> None:
+    """Let go of a captured graph, if there is one, and if this onnxruntime can."""
+    with suppress(Exception):
+        session.release_captured_graph(number)
+
+
 class OrtCudaBinding:
     """See Binding. `number` tells its captured graph from others; -1 captures none."""
 
@@ -193,6 +186,8 @@ class OrtCudaBinding:
         self._options: Any = onnxruntime.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(number))
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if number >= 0:  # or the graphs of every shape that ever was would stay on the device
+            weakref.finalize(self, _release, session, number)
 
     def run(self) -> None:
         """See Binding.run."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from allaprima.bundle import BackendError, Component, EngineFile
 from allaprima.runtime import flavours
 from allaprima.runtime.cuda import default_gpu
+from allaprima.runtime.sessions.gpu_driver import GpuDriver, check_precision
 from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
 
-class TensorrtDriver:
+class TensorrtDriver(GpuDriver):
     """See backends.Loader; `name` is that of the backend."""
 
     def __init__(self, name: str) -> None:
@@ -27,18 +28,6 @@ class TensorrtDriver:
                 f"use {f'{fitting} or ' if fitting else ''}ort-cuda"
             )
         return flavours.version(self.name)
-
-    def precisions(self) -> tuple[str, ...]:
-        """What it can compute in."""
-        return ("fp16", "bf16", "fp32")
-
-    def converts(self) -> bool:
-        """An engine computes in what its graph was exported in."""
-        return False
-
-    def device(self) -> str:
-        """The GPU, in the words of an engine's key."""
-        return str(default_gpu().device)
 
     def serves(self, device: str) -> bool:
         """Whether an engine for `device` runs here. One of RTX may be for several compute capabilities."""
@@ -57,11 +46,7 @@ class TensorrtDriver:
     ) -> TensorrtSession:
         """Make ready to load engines; `backends.open_session` says the rest."""
         role = graph.parent.name
-        if precision not in (None, component.precision):
-            raise BackendError(
-                f"{self.name} computes {role} in the precision it was exported in, {component.precision}, "
-                f"not in {precision}: export with --precision {precision}"
-            )
+        check_precision(self.name, component, precision)
         if not engines:
             raise BackendError(
                 f"{self.name} {self.version()} has no engine of {role} for {self.device()}: "

@@ -9,6 +9,8 @@ import ast
 import ctypes
 import gc
 import json
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -409,6 +411,15 @@ def test_no_gpu_says_so() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match=r"^no NVIDIA GPU works here: [^\n]+$"):
         Gpu()
+
+
+def test_without_a_driver_nothing_of_cuda_is_imported() -> None:
+    """Importing cuda.core takes longer than everything else that a process does before it paints."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    code = "import sys; from allaprima.runtime import decide; decide(); print('cuda' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_cuda_core_has_what_we_use() -> None:

@@ -25,22 +25,9 @@ from allaprima.runtime.samplers.pndm import PNDMOptions
 from allaprima.runtime.samplers.unipc import UniPCOptions
 from allaprima.runtime.schedule import Training
 
-HISTORY = 4
+from .trajectories import SD
 
-# Stable Diffusion's schedule, as its scheduler_config.json has it after loading.
-SD = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": "0.6.0",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-    "clip_sample": False,
-}
+HISTORY = 4
 
 # What a flow has instead: no betas.
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
