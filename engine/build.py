@@ -76,7 +76,7 @@ def build_bundle(
         backend: "auto" or a backend's name.
         precision: "fp32", "fp16", "bf16"; None is the backend's choice for this machine.
         sizes: width and height of pictures in pixels. The TensorRT family compiles for these alone, none is
-            the bundle's default; OpenVINO for all, and faster engines for up to two of these.
+            the bundle's default; OpenVINO for all, and for up to two of these alone besides.
         batch: smallest and largest number of pictures in a batch.
         options: of the TensorRT family.
         cache: the cache's folder; None is the user's.
