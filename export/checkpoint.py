@@ -14,12 +14,15 @@ import torch
 
 from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest
 from allaprima.export import parity, safety
+from allaprima.export.configuration import write_tokenizer
+from allaprima.export.family import HISTORY, Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
-from allaprima.export.stable_diffusion import HISTORY, Family, read_family, write_tokenizer
+from allaprima.export.stable_diffusion import read_family
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def export_checkpoint(
     single: SingleFile | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
-    """Export a Stable Diffusion 1.x/2.x checkpoint to a bundle.
+    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL to a bundle.
 
     Args:
         source: a diffusers folder, a hub id, or a single file in the original layout.
@@ -75,7 +78,8 @@ def _export(
     plans = family.plans(DTYPES[precision])
     stages = _Stages(progress, 3 * len(plans) + 1)
     with BundleWriter(target, overwrite=overwrite) as writer:
-        write_tokenizer(family.checkpoint, writer.folder / family.tokenizer.file)
+        for text in family.texts.values():
+            write_tokenizer(family.checkpoint, text.tokenizer_part, writer.folder / text.tokenizer.file)
         if safety.PART in plans:
             safety.write_settings(family.checkpoint, writer.folder / safety.PART / "settings.json")
         components = {
@@ -114,6 +118,7 @@ def _export_component(
     make: Callable[[], GraphPlan], part: str, precision: str, family: Family, folder: Path, stages: _Stages
 ) -> Component:
     stages.enter(f"{part}: load")
+    precision = _NAMES[family.dtype(part, DTYPES[precision])]
     plan = make()
     stages.enter(f"{part}: trace")
     graph = f"{part}/model.onnx"
@@ -126,7 +131,7 @@ def _export_component(
     del plan
     gc.collect()
     errors = parity.check(part, folder / graph, precision, trials)
-    return Component(graph, precision, inputs, outputs, errors)
+    return Component(graph, precision, inputs, outputs, errors, family.overflows(part))
 
 
 def _release(module: torch.nn.Module) -> None:
@@ -138,10 +143,9 @@ def _release(module: torch.nn.Module) -> None:
 def _extents(family: Family) -> list[Mapping[str, int]]:
     """Two shapes other than the traced one: without guidance and wide, with guidance, tall and long."""
     side = family.latent.multiple // family.latent.downscale
-    length = family.tokenizer.length
     return [
-        {"B": 1, "G": 1, "H": 2 * side, "W": 3 * side, "L": length},
-        {"B": 2, "G": 2, "H": 4 * side, "W": side, "L": 3 * length},
+        {"B": 1, "G": 1, "H": 2 * side, "W": 3 * side, "L": family.length},
+        {"B": 2, "G": 2, "H": 4 * side, "W": side, "L": 3 * family.length},
     ]
 
 
@@ -153,9 +157,11 @@ def _manifest(family: Family, name: str, precision: str, components: Mapping[str
         family="stable-diffusion",
         precision=precision,
         components=components,
-        tokenizer=family.tokenizer,
+        tokenizers=family.tokenizers,
+        zero_negative=family.zero_negative,
         scheduler=family.scheduler,
         latent=family.latent,
+        preview=None,
         defaults=family.defaults,
         history=HISTORY,
         versions={
