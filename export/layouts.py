@@ -22,7 +22,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 class Text:
     """A text encoder: the folder of its part, and the prefix of its tensors.
 
-    `pooled`: its pooled vector is used, and so text_projection. `used`: how many of its layers are; None is all.
+    `pooled`: its pooled vector is used, and so text_projection. `used`: how many layers are; None is all.
     """
 
     part: str

@@ -59,7 +59,8 @@ def unpack(file: Path, folder: Path, about: SingleFile) -> None:
         with _named(file, text.part):
             tensors = rename_text(weights, text)
             config = read_text(tensors, text)
-            check_addition(unet, config["projection_dim"], release)
+            if text.pooled:
+                check_addition(unet, config["projection_dim"], release)
         _write_tokenizer(about.tokenizer, text, config["vocab_size"], folder / text.tokenizer)
         _write_part(file, folder / text.part, config, tensors)
     for part, config, rename in (("vae", vae, rename_vae), ("unet", unet, rename_unet)):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from allaprima.bundle import ExportError
+from allaprima.bundle import BundleError, ExportError
+from allaprima.export import checkpoint, export_checkpoint
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import open_checkpoint
 from allaprima.export.stable_diffusion import read_family
@@ -200,3 +202,43 @@ def test_files_that_are_none(file: Path, tmp_path: Path) -> None:
         unpack(tmp_path / "notes.txt", tmp_path / "two", ABOUT)
     with pytest.raises(ExportError, match=r"a single file has no vocabulary, .* --tokenizer"):
         unpack(file, tmp_path / "three", SingleFile(tokenizer=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_folder_goes_in_every_case(file: Path, tmp_path: Path, error: type[BaseException] | None) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    with nullcontext() if error is None else pytest.raises(error):  # noqa: SIM117
+        with checkpoint.opened(str(file), ABOUT, place) as opened:
+            assert opened.folder.parent == place
+            assert (opened.folder / "unet" / "config.json").is_file()
+            if error is not None:
+                raise error
+    assert not any(place.iterdir())
+
+
+def test_it_is_unpacked_beside_the_bundle(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error leaves nothing there, not even folders that were made on the way."""
+    seen: list[Path] = []
+
+    def unpack(file: Path, folder: Path, about: SingleFile) -> None:
+        (folder / "unet").mkdir()
+        seen.append(folder.parent)
+        raise ExportError("damaged")
+
+    monkeypatch.setattr(checkpoint, "unpack", unpack)
+    with pytest.raises(ExportError, match="damaged"):
+        export_checkpoint(str(file), tmp_path / "new" / "bundle")
+    assert seen == [tmp_path / "new"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_target_that_exists_is_told_before_unpacking(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "unpack", lambda *_: pytest.fail("unpacked"))
+    (tmp_path / "target").write_text("mine")
+    with pytest.raises(BundleError, match="is a file: name a folder"):
+        export_checkpoint(str(file), tmp_path / "target")
