@@ -62,42 +62,47 @@ def export_checkpoint(
     """
     if precision not in DTYPES:
         raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
-    with opened(source, single or SingleFile()) as checkpoint:
+    with (
+        BundleWriter(target, overwrite=overwrite) as writer,
+        opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
+    ):
         family = read_family(checkpoint)
-        return _export(family, target, precision, name, overwrite, progress)
+        return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
 def _export(
     family: Family,
-    target: Path,
+    writer: BundleWriter,
+    name: str,
     precision: str,
-    name: str | None,
-    overwrite: bool,
     progress: Callable[[Progress], None] | None,
 ) -> Bundle:
     plans = family.plans(DTYPES[precision])
     stages = _Stages(progress, 3 * len(plans) + 1)
-    with BundleWriter(target, overwrite=overwrite) as writer:
-        for text in family.texts.values():
-            write_tokenizer(family.checkpoint, text.tokenizer_part, writer.folder / text.tokenizer.file)
-        if safety.PART in plans:
-            safety.write_settings(family.checkpoint, writer.folder / safety.PART / "settings.json")
-        components = {
-            part: _export_component(make, part, precision, family, writer.folder, stages)
-            for part, make in plans.items()
-        }
-        stages.enter("seal")
-        return writer.commit(_manifest(family, name or Path(target).resolve().name, precision, components))
+    for text in family.texts.values():
+        write_tokenizer(family.checkpoint, text.tokenizer_part, writer.folder / text.tokenizer.file)
+    if safety.PART in plans:
+        safety.write_settings(family.checkpoint, writer.folder / safety.PART / "settings.json")
+    components = {
+        part: _export_component(make, part, precision, family, writer.folder, stages)
+        for part, make in plans.items()
+    }
+    stages.enter("seal")
+    return writer.commit(_manifest(family, name, precision, components))
 
 
 @contextmanager
-def opened(source: str, single: SingleFile) -> Iterator[Checkpoint]:
-    """The checkpoint at `source`; a single file is unpacked into a folder that goes when the context ends."""
+def opened(source: str, single: SingleFile, place: Path | None = None) -> Iterator[Checkpoint]:
+    """The checkpoint at `source`; a single file is unpacked into a folder that goes when the context ends.
+
+    That folder, as large as the file, is made in `place`; None is the system's folder for temporary files,
+    which may lie in memory.
+    """
     file = Path(source).expanduser()
     if not file.is_file():
         yield open_checkpoint(source)
         return
-    with tempfile.TemporaryDirectory(prefix="allaprima-") as folder:
+    with tempfile.TemporaryDirectory(prefix=".allaprima-", suffix=".unpacked", dir=place) as folder:
         unpack(file, Path(folder), single)
         yield open_checkpoint(folder)
 
