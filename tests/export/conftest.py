@@ -67,7 +67,7 @@ def _save(folder: Path, models: Mapping[str, Any], index: Mapping[str, Any], sch
     return folder
 
 
-def write_tiny(folder: Path, **unet: Any) -> Path:
+def write_tiny(folder: Path, *, kind: str = "StableDiffusionPipeline", **unet: Any) -> Path:
     """A Stable Diffusion checkpoint with tiny networks and distinct random weights."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
@@ -80,7 +80,8 @@ def write_tiny(folder: Path, **unet: Any) -> Path:
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
-    return _save(folder, models, json.loads((SHAPES / "model_index.json").read_text()), scheduler)
+    index = json.loads((SHAPES / "model_index.json").read_text())
+    return _save(folder, models, {**index, "_class_name": kind}, scheduler)
 
 
 def write_tiny_xl(folder: Path, *, refiner: bool = False, **unet: Any) -> Path:
