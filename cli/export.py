@@ -30,6 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="open a .ckpt, if you trust where it comes from"
     )
+    parser.add_argument(
+        "--thresholding",
+        action="store_true",
+        help="make dynamic thresholding possible, if the checkpoint's scheduler does not ask for it",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 
@@ -51,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
             name=options.name,
             overwrite=options.force,
             single=SingleFile(options.tokenizer, options.prediction, options.allow_pickle),
+            thresholding=options.thresholding,
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:

@@ -39,6 +39,7 @@ def export_checkpoint(
     name: str | None = None,
     overwrite: bool = False,
     single: SingleFile | None = None,
+    thresholding: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a Stable Diffusion 1.x/2.x checkpoint to a bundle.
@@ -51,6 +52,8 @@ def export_checkpoint(
         name: what the bundle calls itself; by default the target's folder name.
         overwrite: replace an existing bundle.
         single: what a single file does not say; None is the usual.
+        thresholding: give the denoiser dynamic thresholding, for the scheduler option of that name, even if
+            the checkpoint's own scheduler does not ask for it.
         progress: called before each stage.
 
     Raises:
@@ -60,7 +63,7 @@ def export_checkpoint(
     if precision not in DTYPES:
         raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
     with opened(source, single or SingleFile()) as checkpoint:
-        family = read_family(checkpoint)
+        family = read_family(checkpoint, thresholding=thresholding)
         return _export(family, target, precision, name, overwrite, progress)
 
 

@@ -16,6 +16,7 @@ from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
 from allaprima.export.graph import GraphPlan
 from allaprima.export.reason import reason
 from allaprima.export.source import Checkpoint
+from allaprima.export.update import OPTIONS, THRESHOLDING, VARIANCE
 
 HISTORY = 4
 """S: what the longest multistep samplers (PLMS, LMS of order 4) look back on."""
@@ -34,6 +35,8 @@ class Family:
     defaults: Defaults
     text_width: int
     text_layers: int
+    options: tuple[str, ...]
+    """Of the denoiser, beyond what every one has."""
 
     def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
         """One late plan per component, so that only one component's weights are in memory at a time."""
@@ -77,9 +80,10 @@ class Family:
             "guidance": ("G", "B"),
             "to_prediction": ("B", 2),
             "bounds": ("B",),
-            "update": ("B", 3 + HISTORY),
+            "update": ("B", 4 + HISTORY),
             "encoder_hidden_states": ("G*B", "L", width),
             "guidance_rescale": ("B",),
+            **{name: ("B", OPTIONS[name]) for name in self.options},
         }
         specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
         # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.
@@ -89,7 +93,8 @@ class Family:
         dims |= {axis: factor * torch.export.Dim(axis.lower(), min=1, max=4096) for axis in ("H", "W")}
         return GraphPlan(
             name="denoiser",
-            module=Denoiser(self.checkpoint.load("unet", dtype)),
+            # StableDiffusionPipeline guides all that the UNet makes.
+            module=Denoiser(self.checkpoint.load("unet", dtype), self.options, guided_variance=True),
             example={spec.name: torch.randn(spec.resolve(sizes)) for spec in specs},
             axes={
                 spec.name: {k: dims[axis] for k, axis in enumerate(spec.shape) if isinstance(axis, str)}
@@ -130,8 +135,10 @@ class Family:
         )
 
 
-def read_family(checkpoint: Checkpoint) -> Family:
+def read_family(checkpoint: Checkpoint, *, thresholding: bool = False) -> Family:
     """Read and check the configuration of a Stable Diffusion checkpoint.
+
+    `thresholding` asks for a denoiser that can threshold, even if the checkpoint's scheduler does not.
 
     Raises:
         ExportError: another pipeline class, or a configuration that this family's graphs cannot express.
@@ -145,16 +152,20 @@ def read_family(checkpoint: Checkpoint) -> Family:
     channels = _whole(vae, "vae", "latent_channels")
     text_width = _whole(text, "text_encoder", "hidden_size")
     _check_unet(unet, channels, text_width)
+    scheduler = read_scheduler(checkpoint)
+    learned = unet["out_channels"] == 2 * channels
+    options = THRESHOLDING * bool(thresholding or scheduler.get("thresholding")) + VARIANCE * learned
     downscale = 2 ** (_levels(vae, "vae") - 1)
     latent = Latent(channels, downscale, downscale * 2 ** (_levels(unet, "unet") - 1))
     return Family(
         checkpoint=checkpoint,
         latent=latent,
         tokenizer=_read_tokenizer(checkpoint, _whole(text, "text_encoder", "max_position_embeddings")),
-        scheduler=read_scheduler(checkpoint),
+        scheduler=scheduler,
         defaults=_read_defaults(checkpoint, unet, latent),
         text_width=text_width,
         text_layers=_whole(text, "text_encoder", "num_hidden_layers"),
+        options=options,
     )
 
 
@@ -166,9 +177,10 @@ def _check_unet(unet: Mapping[str, Any], channels: int, text_width: int) -> None
             f"the UNet takes {taken} channels, the autoencoder makes {channels}: "
             "inpainting and other widened UNets are not supported yet"
         )
-    if made != channels:
+    if made not in (channels, 2 * channels):
         raise ExportError(
-            f"the UNet makes {made} channels of {channels}: learned variances are not supported yet"
+            f"the UNet makes {made} channels of {channels}: it should make as many, or twice as many with a "
+            "learned variance"
         )
     if unet.get("time_cond_proj_dim") or unet.get("class_embed_type") or unet.get("addition_embed_type"):
         raise ExportError("the UNet takes conditions beyond the prompt: such models are not supported yet")

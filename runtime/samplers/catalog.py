@@ -11,6 +11,7 @@ from allaprima.runtime.samplers.consistency import LCMOptions, TCDOptions
 from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions, UnCLIPOptions
 from allaprima.runtime.samplers.deis import DEISOptions
 from allaprima.runtime.samplers.dpm import DPMOptions, SinglestepOptions
+from allaprima.runtime.samplers.dpm_sde import DPMSDEOptions
 from allaprima.runtime.samplers.euler import AncestralOptions, EulerOptions
 from allaprima.runtime.samplers.flow import FlowEulerOptions, FlowHeunOptions
 from allaprima.runtime.samplers.heun import HeunOptions, KDPM2Options
@@ -39,7 +40,7 @@ class SamplerInfo:
     calls: int = 1
     """How often a step calls the model; where this is 2, the last step does once."""
     noise: Literal["no", "yes", "with eta", "with s_churn"] = "no"
-    """Whether it draws noise after the initial sample, once a step at most."""
+    """Whether it draws noise after the initial sample, once a call at most."""
     history: int = 0
     """How many earlier predictions it needs, in its usual configuration."""
     arguments: tuple[str, ...] = ()
@@ -69,11 +70,6 @@ def find(sampler: str) -> SamplerInfo:
     wanted = _folded(sampler)
     if wanted in _SPELLINGS:
         return _SPELLINGS[wanted]
-    if wanted.startswith(("dpmppsde", "dpmsolversde")):
-        raise RequestError(
-            f"there is no sampler {sampler!r}: its steps draw noise twice, from a Brownian tree, where a row"
-            " has one noise; choose 'dpmpp_2m_sde'"
-        )
     close = difflib.get_close_matches(wanted, _SPELLINGS, n=1)
     hint = f"did you mean {_SPELLINGS[close[0]].name!r}? " if close else ""
     raise RequestError(f"there is no sampler {sampler!r}: {hint}The samplers are {listing()}")
@@ -217,6 +213,14 @@ _SAMPLERS = _with_variants(
         *("DPM++ singlestep", "DPM-Solver++ 2S"),
         history=1,
         arguments=_LISTED,
+    ),
+    _info(
+        *(DPMSDEOptions, "DPM++ SDE", "DPMSolverSDE", "DPM++ 2S on the SDE; two calls a step, noise at each."),
+        *("k_dpmpp_sde", "DPM-Solver++ SDE"),
+        calls=2,
+        noise="yes",
+        history=1,
+        arguments=("s_noise",),
     ),
     _info(
         *(DEISOptions, "DEIS", "DEISMultistep", "Exponential multistep on the noise, in log-rho."), history=1

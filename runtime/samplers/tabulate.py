@@ -12,6 +12,7 @@ from allaprima.runtime.samplers.consistency import lcm, tcd
 from allaprima.runtime.samplers.ddim import ddim, ddpm, unclip
 from allaprima.runtime.samplers.deis import deis
 from allaprima.runtime.samplers.dpm import dpm, singlestep
+from allaprima.runtime.samplers.dpm_sde import dpm_sde
 from allaprima.runtime.samplers.euler import euler, euler_ancestral
 from allaprima.runtime.samplers.flow import flow_euler, flow_heun
 from allaprima.runtime.samplers.heun import heun, kdpm2, kdpm2_ancestral
@@ -34,6 +35,7 @@ _DRAFTS: dict[str, Callable[[Mapping[str, Any], Run], Draft]] = {
     "KDPM2AncestralDiscreteScheduler": kdpm2_ancestral,
     "DPMSolverMultistepScheduler": dpm,
     "DPMSolverSinglestepScheduler": singlestep,
+    "DPMSolverSDEScheduler": dpm_sde,
     "DEISMultistepScheduler": deis,
     "UniPCMultistepScheduler": unipc,
     "LCMScheduler": lcm,

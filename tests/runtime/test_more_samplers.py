@@ -5,12 +5,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import pytest
 
-from allaprima.runtime.samplers import find, make_table, table
+from allaprima.runtime.samplers import make_table, table
 
-from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, error_of
+from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, error_of, scheduler_class
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning",
@@ -24,7 +23,7 @@ PLAIN = {"algorithm_type": "dpmsolver", **CLOSED}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    *((name, rule) for name in ("lms", "heun", "dpm2", "dpm2_a") for rule in ({}, KARRAS, EXPONENTIAL, BETA)),
+    *((name, rule) for name in ("lms", "heun", "dpm2", "dpm2_a", "dpmpp_sde") for rule in ({}, KARRAS, EXPONENTIAL, BETA)),
     *((name, {**KARRAS, **RANGE}) for name in ("lms", "heun", "dpm2")),
     ("lms", {**EXPONENTIAL, **RANGE}),
     ("heun", {"clip_sample": True, "clip_sample_range": 1.5}),
@@ -51,6 +50,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dpmpp_2s", {**PLAIN, "solver_order": 3}),
     ("dpmpp_2s", {**CLOSED, "lower_order_final": True, "solver_order": 3}),
     ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
+    *(("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_type": kind}) for kind in ("midpoint", "heun")),
     *(("dpmpp_2s", rule) for rule in (KARRAS, EXPONENTIAL, BETA, FLOW)),
     *(("deis", {"solver_order": order}) for order in (1, 2, 3)),
     ("deis", {"solver_order": 3, "lower_order_final": False}),
@@ -70,10 +70,11 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tcd", {}),
 )
 # Where float32 inside diffusers leaves less than 1e-6. The lower sigma of an ancestral step is a difference
-# there. A sigma that is an ulp off counts fifty times in the weights of LMS, and several times in those of
+# there, as it is for DPM++ SDE. A sigma that is an ulp off counts fifty times in the weights of LMS, and several times in those of
 # the other multistep solvers at fifty steps. DPM's sample is rounded at each step.
 LIMITS = {
     "dpm2_a": 4e-4,
+    "dpmpp_sde": 4e-4,
     "lms": 1e-5,
     "deis": 5e-6,
     "unipc": 5e-6,
@@ -96,8 +97,8 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trajectory_of_diffusers(
     sampler: str, fields: Mapping[str, Any], prediction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = getattr(diffusers, find(sampler).scheduler)
-    if prediction == "sample" and sampler in ("dpm2", "dpm2_a"):
+    kind = scheduler_class(sampler)
+    if prediction == "sample" and sampler in ("dpm2", "dpm2_a", "dpmpp_sde"):
         pytest.skip("diffusers has not implemented it")
     if "prediction_type" in fields and prediction != "epsilon":
         pytest.skip("the case sets it")
@@ -109,6 +110,6 @@ def test_trajectory_of_diffusers(
         made = make_table(config, sampler, steps, history=HISTORY)
         scheduler = copy.deepcopy(schedulers[spacing])  # slow to make
         limit = 3e-5 if "rescale_betas_zero_snr" in fields else LIMITS.get(sampler, 1e-6)
-        slack = 1e-2 if sampler == "dpm2_a" else 1e-4
+        slack = 1e-2 if sampler in ("dpm2_a", "dpmpp_sde") else 1e-4
         error = error_of(made, scheduler, steps, monkeypatch, slack=slack, **arguments)
         assert error <= limit, (spacing, steps, error)
