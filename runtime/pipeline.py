@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ from allaprima.bundle import (
 from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
 from allaprima.runtime.inpainting import Kept, latent_mask
-from allaprima.runtime.noise import Noise, turned
+from allaprima.runtime.noise import Draws, Noise, turned
 from allaprima.runtime.pictures import Source, encodable
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
@@ -34,7 +34,8 @@ from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table
 from allaprima.runtime.session import Session
-from allaprima.runtime.stages import Decoder, Denoiser, Encoder, Floats, TextEncoder
+from allaprima.runtime.sampling import Sampling
+from allaprima.runtime.stages import Decoder, Denoiser, Encoder, Floats, TextEncoder, check_table
 from allaprima.runtime.tokenizer import Tokenizer
 
 Callback = Callable[[Progress], None]
@@ -175,6 +176,7 @@ class Pipeline:
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
         mask: Source | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         callback: Callback | None = None,
     ) -> Result:
         """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
@@ -182,7 +184,8 @@ class Pipeline:
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
         used again. `long_prompts`, `prompt_weights`, `clip_skip`, `guidance_rescale`, `image` with `strength`
-        for image to image, `mask` for inpainting, and variations: see Request.
+        for image to image, `mask` for inpainting, and variations: see Request. `sampling`, with what is asked of
+        the sampler beyond its name, steps and eta, as custom timesteps: see Sampling.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
@@ -206,6 +209,7 @@ class Pipeline:
             variation_seed=variation_seed,
             variation_strength=variation_strength,
             mask=mask,
+            sampling=sampling,
         )
         return self.paint(request, callback=callback)
 
@@ -220,11 +224,13 @@ class Pipeline:
             history=manifest.history,
             eta=settings.eta,
             begin=settings.begin,
+            **settings.sampling.arguments(),
         )
         marks = [perf_counter()]
         with self._exclusive():
             if not self._sessions:
                 raise BackendError("the pipeline is closed: open it again")
+            check_table(table, self._sessions["denoiser"])
             conditioning = plan_conditioning(
                 self._tokenizer, settings, self._text_encoder.layers, self._sessions["denoiser"]
             )
@@ -370,8 +376,9 @@ class Pipeline:
     def _describe(self, settings: Settings, table: Table, index: int) -> Parameters:
         known = {field.name for field in fields(Parameters)}
         given = {name: value for name, value in vars(settings).items() if name in known}
+        chosen = {"sampler": table.sampler, "sampling": settings.sampling.to_json()}
         return Parameters(
-            **{**given, **_seeds(settings, index), "sampler": table.sampler},
+            **{**given, **_seeds(settings, index), **chosen},
             bundle=self.bundle.manifest.name,
             backend=self.backend,
             precision=self.precision,
@@ -390,11 +397,11 @@ def _denoise(
     denoiser: Denoiser, table: Table, streams: list[Noise], kept: Kept | None, callback: Callback | None
 ) -> None:
     total = len(table.timesteps)
+    draws = Draws(streams)
     for row in range(total):
         denoiser.write(table, row)
         if table.draws[row]:
-            for buffer, noise in zip(denoiser.noise, streams, strict=True):
-                buffer[...] = noise.normal(buffer.shape)
+            draws.fill(denoiser.noise, float(table.echoes[row]))
             denoiser.push_noise()
         denoiser.step()
         if kept is not None and table.levels is not None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 from PIL import Image
 
 from allaprima.bundle import Latent, Manifest, RequestError
 from allaprima.runtime.inpainting import read_mask
 from allaprima.runtime.pictures import Source, fitting_size, read_picture
+from allaprima.runtime.samplers import count_steps
+from allaprima.runtime.sampling import Sampling
 
 STRENGTH = 0.8
 """How much of a picture is painted over if a request does not say."""
@@ -47,6 +51,7 @@ class Settings:
     variation_seed: int | None = None
     variation_strength: float = 0.0
     mask: Image.Image | None = None
+    sampling: Sampling = field(default_factory=Sampling)
 
     @property
     def begin(self) -> int:
@@ -79,6 +84,7 @@ class Request:
     given), black stays.
     `variation_strength`, from 0 to 1, turns the first noise of `seed` towards that of `variation_seed` (None
     is random): pictures that resemble each other.
+    `sampling` says more of the sampler (see Sampling); custom timesteps or sigmas say the number of steps.
     """
 
     prompt: str
@@ -100,6 +106,7 @@ class Request:
     variation_seed: int | None = None
     variation_strength: float = 0.0
     mask: Source | None = None
+    sampling: Sampling | Mapping[str, Any] | None = None
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -113,18 +120,18 @@ class Request:
         picture = None if self.image is None else read_picture(self.image)
         if picture is not None and self.height is None and self.width is None:
             height, width = fitting_size(picture, manifest.latent.multiple)
-        steps, guidance = self.num_inference_steps, self.guidance_scale
+        guidance = self.guidance_scale
+        sampler = None if self.sampler is None else _text("sampler", self.sampler)
+        sampling = Sampling.read(self.sampling)
         count = _whole("num_images", self.num_images, 1)
         settings = Settings(
             prompt=_text("prompt", self.prompt),
             negative_prompt=_text("negative_prompt", self.negative_prompt),
-            num_inference_steps=_whole(
-                "num_inference_steps", defaults.num_inference_steps if steps is None else steps, 1
-            ),
+            num_inference_steps=self._steps(manifest, sampler, sampling),
             guidance_scale=_finite(
                 "guidance_scale", defaults.guidance_scale if guidance is None else guidance
             ),
-            sampler=None if self.sampler is None else _text("sampler", self.sampler),
+            sampler=sampler,
             seed=_seed(self.seed, count),
             height=_side("height", height if self.height is None else self.height, manifest.latent),
             width=_side("width", width if self.width is None else self.width, manifest.latent),
@@ -139,6 +146,7 @@ class Request:
             variation_seed=_variation(self.variation_seed, self.variation_strength, count),
             variation_strength=_share("variation_strength", self.variation_strength),
             mask=_mask(self.mask, picture),
+            sampling=sampling,
         )
         if settings.begin == settings.num_inference_steps:
             raise RequestError(
@@ -146,6 +154,15 @@ class Request:
                 f"raise it to {1 / settings.num_inference_steps:.3g} or more, or take more steps"
             )
         return settings
+
+    def _steps(self, manifest: Manifest, sampler: str | None, sampling: Sampling) -> int:
+        """The number of steps: of a custom schedule, the request, or the bundle."""
+        steps = self.num_inference_steps
+        custom = {"timesteps": sampling.timesteps, "sigmas": sampling.sigmas}
+        if any(schedule is not None for schedule in custom.values()):
+            return count_steps(manifest.scheduler, sampler, steps, **custom)
+        usual = manifest.defaults.num_inference_steps
+        return _whole("num_inference_steps", usual if steps is None else steps, 1)
 
 
 def _text(name: str, value: object) -> str:

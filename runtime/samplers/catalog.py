@@ -21,6 +21,10 @@ from allaprima.runtime.samplers.unipc import UniPCOptions
 from allaprima.runtime.schedule import Training
 
 
+RULES = ("karras", "exponential", "beta")
+"""How sigmas can be spaced by a rule of their own."""
+
+
 @dataclass(frozen=True)
 class SamplerInfo:
     """What there is to know about a sampler before using it."""
@@ -62,7 +66,8 @@ def listing() -> str:
 def find(sampler: str) -> SamplerInfo:
     """The sampler of a name, whatever its case, spaces, hyphens and underscores.
 
-    A name is the short one, that of the diffusers class (with or without "Scheduler"), or a usual title.
+    A name is the short one, that of the diffusers class (with or without "Scheduler"), or a usual title. With
+    "Karras", "Exponential" or "Beta" after it, it has sigmas by that rule, listed or not.
 
     Raises:
         RequestError: there is none of that name; the message lists those there are.
@@ -70,9 +75,18 @@ def find(sampler: str) -> SamplerInfo:
     wanted = _folded(sampler)
     if wanted in _SPELLINGS:
         return _SPELLINGS[wanted]
+    for rule in RULES:
+        plain = _SPELLINGS.get(wanted.removesuffix(rule))
+        if plain is not None and f"use_{rule}_sigmas" in plain.options and plain.name == _plain_name(plain):
+            return _spaced(plain, rule)
     close = difflib.get_close_matches(wanted, _SPELLINGS, n=1)
     hint = f"did you mean {_SPELLINGS[close[0]].name!r}? " if close else ""
     raise RequestError(f"there is no sampler {sampler!r}: {hint}The samplers are {listing()}")
+
+
+def _plain_name(info: SamplerInfo) -> str:
+    """Its name without a rule for sigmas."""
+    return re.sub(rf"_({'|'.join(RULES)})$", "", info.name)
 
 
 def _folded(name: str) -> str:
@@ -91,7 +105,7 @@ def _info(
 
 
 def _spaced(plain: SamplerInfo, suffix: str) -> SamplerInfo:
-    """A variant on "karras" or "exponential" sigmas."""
+    """A variant on "karras", "exponential" or "beta" sigmas."""
     return replace(
         plain,
         name=f"{plain.name}_{suffix}",
@@ -108,7 +122,7 @@ def _with_variants(*plain: SamplerInfo) -> tuple[SamplerInfo, ...]:
     listed: list[SamplerInfo] = []
     for info in plain:
         listed.append(info)
-        if "use_karras_sigmas" in info.options and info.name not in ("flow_euler", "flow_heun"):
+        if "use_karras_sigmas" in info.options and info.name != "flow_euler":
             listed.append(_spaced(info, "karras"))
         if info.scheduler == "DPMSolverMultistepScheduler":
             listed.append(_spaced(info, "exponential"))
@@ -146,7 +160,7 @@ _SAMPLERS = _with_variants(
         "First order on the probability-flow ODE; noise by s_churn.",
         "k_euler",
         noise="with s_churn",
-        arguments=("s_churn", "timesteps", "sigmas"),
+        arguments=("s_churn", "s_tmin", "s_tmax", "s_noise", "timesteps", "sigmas"),
     ),
     _info(
         *(AncestralOptions, "Euler a", "EulerAncestralDiscrete", "Euler with fresh noise at every step."),
