@@ -21,7 +21,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--timesteps", metavar="LIST", type=_parse_numbers, help="a schedule of your own, as 999,749,499,249"
     )
     group.add_argument(
-        "--sigmas", metavar="LIST", type=_parse_numbers, help="likewise, for Euler with the last one: 14.6,1,0"
+        "--sigmas",
+        metavar="LIST",
+        type=_parse_numbers,
+        help="likewise; for Euler to the end, as 14.6,1,0",
     )
     group.add_argument("--order", metavar="N", type=int, help="LMS: 1 to 4 (4)")
     for name, (flag, metavar, text) in _NUMBERS.items():

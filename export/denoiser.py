@@ -14,10 +14,12 @@ class Denoiser(torch.nn.Module):
     """A UNet wrapped into one step of any linear sampler (see `allaprima.runtime.samplers.Table`).
 
     The UNet runs in its own precision, everything around it in float32. B samples, G guidance branches,
-    S history slots, C channels, H × W latent size, L text tokens of width D. `options` names the inputs beyond
-    those that every graph has, in their order (see `allaprima.export.update.OPTIONS`): `THRESHOLDING`, and
-    `VARIANCE` if the UNet makes 2C channels, of which the last C tell the variance of the noise. With guidance
-    that is the last branch's variance, or the guided one if it is `guided_variance`, as pipelines differ.
+    S history slots, C channels, H × W latent size, L text tokens of width D.
+
+    `options` names the inputs beyond those that every graph has, in their order (see
+    `allaprima.export.update.OPTIONS`): `THRESHOLDING`, and `VARIANCE` if the UNet makes 2C channels, of which
+    the last C tell the variance of the noise. With guidance that is the last branch's variance or, as
+    pipelines differ, with `guided_variance` that of all branches together.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class Denoiser(torch.nn.Module):
                 and s.
             to_prediction: p and q of `raw = p*sample + q*output`, [B,2].
             bounds: the prediction is raw, clamped to ±bounds, [B]; 3e38 leaves it alone.
-            update: [B,4+S], `next = u0*sample + u1*prediction + u2*noise + sum_k u(3+k)*history_k + u(3+S)*raw`.
+            update: [B,4+S], next = u0*sample + u1*prediction + u2*noise + sum_k u(3+k)*history_k +
+                u(3+S)*raw.
             encoder_hidden_states: conditions, branch-major, [G*B,L,D].
             guidance_rescale: share phi of the guided output that is rescaled to the standard deviation of the
                 last branch's, [B]; up to 0 leaves it alone.

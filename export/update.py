@@ -66,7 +66,7 @@ def _limit(sample: Tensor, raw: Tensor, row: Mapping[str, Tensor]) -> Tensor:
 
 
 def quantile(values: Tensor, ratio: Tensor) -> Tensor:
-    """Quantiles [B] of values [B,N] that are not negative, each with its own ratio [B], interpolated linearly.
+    """Quantiles [B] of values [B,N] that are not negative, each with its own ratio [B], interpolated.
 
     By bisection on the value, since ONNX has no sort, and its TopK takes no more than 3,840 in TensorRT.
     """

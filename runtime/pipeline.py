@@ -33,8 +33,8 @@ from allaprima.runtime.result import Parameters, Progress, Result, Stage
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table
-from allaprima.runtime.session import Session
 from allaprima.runtime.sampling import Sampling
+from allaprima.runtime.session import Session
 from allaprima.runtime.stages import Decoder, Denoiser, Encoder, Floats, TextEncoder, check_table
 from allaprima.runtime.tokenizer import Tokenizer
 
@@ -184,8 +184,8 @@ class Pipeline:
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
         used again. `long_prompts`, `prompt_weights`, `clip_skip`, `guidance_rescale`, `image` with `strength`
-        for image to image, `mask` for inpainting, and variations: see Request. `sampling`, with what is asked of
-        the sampler beyond its name, steps and eta, as custom timesteps: see Sampling.
+        for image to image, `mask` for inpainting, and variations: see Request; `sampling`, for what the
+        sampler is asked beyond its name, steps and eta, as custom timesteps: see Sampling.
 
         Raises RequestError, before anything is painted, or BackendError.
         """

@@ -48,7 +48,7 @@ class Sampling:
         if isinstance(value, Sampling):
             value = {each.name: getattr(value, each.name) for each in fields(cls)}
         if not isinstance(value, Mapping):
-            raise RequestError(f"sampling is {value!r}: it should be a Sampling, or a mapping with its fields")
+            raise RequestError(f"sampling is {value!r}: it should be a Sampling or a mapping of its fields")
         known = [each.name for each in fields(cls)]
         for name in value:
             if name not in known:

@@ -191,8 +191,8 @@ class Denoiser:
         width = session.inputs["update"].shape[-1]
         if width != 4 + history:
             raise BundleError(
-                f"the bundle's denoiser is of another version of allaprima, its update has {width} columns, not "
-                f"{4 + history}: export the checkpoint again"
+                f"the bundle's denoiser is of another version of allaprima (its update has {width} columns, "
+                f"not {4 + history}): export the checkpoint again"
             )
         lanes, memory = sample[0], session.memory
         state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}

@@ -20,7 +20,6 @@ from allaprima.runtime.samplers.pndm import PNDMOptions
 from allaprima.runtime.samplers.unipc import UniPCOptions
 from allaprima.runtime.schedule import Training
 
-
 RULES = ("karras", "exponential", "beta")
 """How sigmas can be spaced by a rule of their own."""
 
@@ -229,7 +228,12 @@ _SAMPLERS = _with_variants(
         arguments=_LISTED,
     ),
     _info(
-        *(DPMSDEOptions, "DPM++ SDE", "DPMSolverSDE", "DPM++ 2S on the SDE; two calls a step, noise at each."),
+        *(
+            DPMSDEOptions,
+            "DPM++ SDE",
+            "DPMSolverSDE",
+            "DPM++ 2S on the SDE; two calls a step, with noise.",
+        ),
         *("k_dpmpp_sde", "DPM-Solver++ SDE"),
         calls=2,
         noise="yes",

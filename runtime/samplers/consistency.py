@@ -25,7 +25,7 @@ _SIGMA_DATA = 0.5  # Song et al. 2023, appendix C
 
 @dataclass(frozen=True)
 class TCDOptions(Training):
-    """Fields and defaults of ``TCDScheduler`` that change a result: it declares a clamp, but none is there."""
+    """Fields and defaults of ``TCDScheduler`` that change a result; the clamp it declares does not."""
 
     sampler: ClassVar[str] = "tcd"
 

@@ -60,7 +60,7 @@ class UnCLIPOptions(Training):
 def ddim(config: Mapping[str, Any], run: Run) -> Draft:
     """Song et al. 2021, equations 12 and 16; ``run.eta`` is 0 for the ODE, 1 for the noise of DDPM.
 
-    A limit holds for the clean sample only: the noise beside it is that of the raw prediction, as in diffusers.
+    A limit holds for the clean sample only: the noise beside it is the raw prediction's, as in diffusers.
     """
     options = read_options(DDIMOptions, config)
     require(options, "prediction_type", *PREDICTIONS)

@@ -1,7 +1,7 @@
 """DPM-Solver++ (2S) on the SDE, two calls a step: "DPM++ SDE" (as in K. Crowson's k-diffusion).
 
-In sigma space. Its noise is the increments of one Brownian motion over sigma, so that a step's noise consists of
-that of its first half and that of its second half: one draw of the random stream for each call.
+In sigma space. Its noise is the increments of one Brownian motion over sigma, so that a step's noise consists
+of that of its first half and that of its second half: one draw of the random stream for each call.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class DPMSDEOptions(SigmaOptions):
 def dpm_sde(config: Mapping[str, Any], run: Run) -> Draft:
     """Each step goes half way in log sigma, then again from its start with the clean sample found there.
 
-    Both are ancestral: to below their sigma, then noise up to it, ``s_noise`` times as much as keeps the level.
+    Both are ancestral: to below their sigma, then noise up to it, ``s_noise`` times what keeps the level.
     """
     options = read_options(DPMSDEOptions, config)
     require(options, "prediction_type", "epsilon", "v_prediction")
@@ -69,4 +69,5 @@ def dpm_sde(config: Mapping[str, Any], run: Run) -> Draft:
 def _toward(now: float, after: float, start: F64, noise: F64) -> F64:
     """The form of an ancestral step from the form ``start``, at sigma ``now``."""
     up, down = ancestral(np.array([now]), np.array([after]))
-    return down[0] / now * start + (1 - down[0] / now) * PREDICTION + up[0] * noise
+    form: F64 = down[0] / now * start + (1 - down[0] / now) * PREDICTION + up[0] * noise
+    return form

@@ -14,6 +14,7 @@ model predicts variances v, the noise counts u2 * exp(d * v) + e * sqrt(v), with
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,9 @@ class Draft:
     def begun(self, step: int) -> "Draft":
         """Without the calls before a step; RequestError if the sampler cannot begin there."""
         row = step * self.calls
-        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        arrays: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
         return replace(self, **{name: value[row:] for name, value in arrays.items()})
 
     def finish(self, sampler: str, history: int) -> Table:

@@ -107,7 +107,9 @@ def make_table(
         raise RequestError(f"order {order!r} is out of range: give 1, 2, 3 or 4")
     churn = read_churn(s_churn, s_tmin, s_tmax, s_noise)
     _check_arguments(info, {"eta": eta or None, "order": order, "timesteps": timesteps, "sigmas": sigmas})
-    _check_arguments(info, {name: value for name, value in vars(churn).items() if value != getattr(Churn, name)})
+    _check_arguments(
+        info, {name: value for name, value in vars(churn).items() if value != getattr(Churn, name)}
+    )
     fields = _configured(config, info, options)
     steps, listed, noisy = _schedule(fields, info, num_inference_steps, timesteps, sigmas)
     if not 0 <= begin < steps:

@@ -232,7 +232,7 @@ def test_ill_typed_configuration(checkpoint: Path, part: str, field: str, value:
     ("change", "message"),
     [
         ({"in_channels": 9}, "takes 9 channels, the autoencoder makes 4: inpainting"),
-        ({"out_channels": 8}, "makes 8 channels of 4: learned variances are not supported yet"),
+        ({"out_channels": 9}, "makes 9 channels of 4: it should make as many, or twice as many"),
         ({"cross_attention_dim": 768}, "width 768, the text encoder makes 32: they do not belong together"),
         ({"time_cond_proj_dim": 256}, "conditions beyond the prompt"),
         ({"addition_embed_type": "text_time"}, "conditions beyond the prompt"),

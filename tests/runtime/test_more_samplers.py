@@ -19,11 +19,14 @@ KARRAS, EXPONENTIAL, BETA = ({f"use_{rule}_sigmas": True} for rule in ("karras",
 GRID = (*itertools.product(SPACINGS, (1, 2, 3, 5)), ("leading", 20), ("linspace", 50), ("trailing", 20))
 RANGE = {"sigma_min": 0.03, "sigma_max": 12.0}
 CLOSED = {"final_sigmas_type": "sigma_min"}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 PLAIN = {"algorithm_type": "dpmsolver", **CLOSED}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    *((name, rule) for name in ("lms", "heun", "dpm2", "dpm2_a", "dpmpp_sde") for rule in ({}, KARRAS, EXPONENTIAL, BETA)),
+    *((name, rule) for name in ("lms", "heun", "dpm2", "dpm2_a") for rule in ({}, KARRAS, EXPONENTIAL, BETA)),
+    ("dpmpp_sde", {}),
+    ("dpmpp_sde", {**KARRAS, **RANGE}),
     *((name, {**KARRAS, **RANGE}) for name in ("lms", "heun", "dpm2")),
     ("lms", {**EXPONENTIAL, **RANGE}),
     ("heun", {"clip_sample": True, "clip_sample_range": 1.5}),
@@ -49,8 +52,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("dpmpp_2s", {**PLAIN, "solver_order": order, "solver_type": "heun"}) for order in (1, 2, 3)),
     ("dpmpp_2s", {**PLAIN, "solver_order": 3}),
     ("dpmpp_2s", {**CLOSED, "lower_order_final": True, "solver_order": 3}),
-    ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
-    *(("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_type": kind}) for kind in ("midpoint", "heun")),
+    ("dpmpp_2s", {**SDE, "solver_order": 1}),
+    *(("dpmpp_2s", {**SDE, "solver_type": kind}) for kind in ("midpoint", "heun")),
     *(("dpmpp_2s", rule) for rule in (KARRAS, EXPONENTIAL, BETA, FLOW)),
     *(("deis", {"solver_order": order}) for order in (1, 2, 3)),
     ("deis", {"solver_order": 3, "lower_order_final": False}),
@@ -70,8 +73,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tcd", {}),
 )
 # Where float32 inside diffusers leaves less than 1e-6. The lower sigma of an ancestral step is a difference
-# there, as it is for DPM++ SDE. A sigma that is an ulp off counts fifty times in the weights of LMS, and several times in those of
-# the other multistep solvers at fifty steps. DPM's sample is rounded at each step.
+# there. A sigma that is an ulp off counts fifty times in the weights of LMS, and several times in those of the
+# other multistep solvers at fifty steps. DPM's sample is rounded at each step.
 LIMITS = {
     "dpm2_a": 4e-4,
     "dpmpp_sde": 4e-4,

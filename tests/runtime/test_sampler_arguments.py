@@ -213,7 +213,7 @@ def test_number_of_steps() -> None:
     assert count_steps(SD, "heun", 10, timesteps=ALIGNED) == 10
     assert count_steps(FLOW, None, None, sigmas=[1.0, 0.5]) == 2
     assert count_steps(SD, "ddim", 7) == 7
-    with pytest.raises(RequestError, match="timesteps .* means nothing to sampler 'ddim'"):
+    with pytest.raises(RequestError, match=r"timesteps .* means nothing to sampler 'ddim'"):
         count_steps(SD, "ddim", None, timesteps=ALIGNED)
 
 

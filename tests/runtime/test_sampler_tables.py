@@ -218,7 +218,11 @@ def test_class_without_a_sampler() -> None:
     ("sampler", "fields", "message"),
     [
         ("ddim", {"clip_sample": True, "clip_sample_range": 0}, "clip_sample_range=0.0 is out of range"),
-        ("ddim", {"thresholding": True, "dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio=2.0 is"),
+        (
+            "ddim",
+            {"thresholding": True, "dynamic_thresholding_ratio": 2},
+            "dynamic_thresholding_ratio=2.0 is",
+        ),
         ("deis", {"thresholding": True, "sample_max_value": -1}, "sample_max_value=-1.0 is out of range"),
         ("ddim", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         ("ddpm", {"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'"),

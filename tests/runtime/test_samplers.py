@@ -15,7 +15,7 @@ from allaprima.bundle.errors import RequestError
 from allaprima.runtime.noise import Draws, Noise
 from allaprima.runtime.samplers import find, make_table, names
 
-from .trajectories import Brownian, HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, error_of, scheduler_class
+from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, Brownian, error_of, scheduler_class
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -131,9 +131,7 @@ def test_configurations_cross_over(
     config = json.loads(source.to_json_string()) if saved else dict(source.config)
     assert ("_use_default_values" in config) is not saved
     table = make_table(config, info.name, 10, history=HISTORY)
-    target = scheduler_class(info.name).from_config(
-        source.config if not saved else config, **info.overrides
-    )
+    target = scheduler_class(info.name).from_config(source.config if not saved else config, **info.overrides)
     arguments = {"eta": 0.0} if info.name == "tcd" else {}
     # diffusers finds the lower sigma of an ancestral step by a difference in float32.
     limit = 1e-4 if info.name.startswith(("dpm2_a", "dpmpp_sde")) else 1e-6
@@ -178,5 +176,7 @@ def test_seeds_of_diffusers(sampler: str) -> None:
     for t in scheduler.timesteps:
         output = torch.tanh(scheduler.scale_model_input(latents, t))
         latents = scheduler.step(output, t, latents, **extra).prev_sample
-    share = 4e-6 if sampler in ("dpm2_a", "dpmpp_sde") else 1e-6  # diffusers finds its lower sigma by a difference
+    share = (
+        4e-6 if sampler in ("dpm2_a", "dpmpp_sde") else 1e-6
+    )  # diffusers finds its lower sigma by a difference
     np.testing.assert_allclose(sample, latents.numpy(), rtol=0, atol=share * max(10, np.abs(sample).max()))
