@@ -53,6 +53,7 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
         "name": None,
         "overwrite": False,
         "single": SingleFile(None, None, False),
+        "thresholding": False,
     }
     assert outcome.out == f"{target}: tiny, fp16, 7.0 kB in 3 files\n"
     refused = allaprima("export", "models/x", str(target))
@@ -62,11 +63,12 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
 
 def test_every_option(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> None:
     words = ("--precision", "bf16", "--name", "red", "--force", "--quiet", "--allow-pickle")
-    words += ("--tokenizer", "clip", "--prediction", "v_prediction")
+    words += ("--thresholding", "--tokenizer", "clip", "--prediction", "v_prediction")
     outcome = allaprima("export", "hub/id", str(tmp_path / "out"), *words)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert (asked["precision"], asked["name"], asked["overwrite"]) == ("bf16", "red", True)
     assert asked["single"] == SingleFile("clip", "v_prediction", True)
+    assert asked["thresholding"] is True
 
 
 def test_precision_is_one_of_three(allaprima: Allaprima, asked: dict[str, Any]) -> None:

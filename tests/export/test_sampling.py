@@ -209,14 +209,12 @@ def test_a_denoiser_that_cannot(pipeline: Pipeline) -> None:
 def test_variance_under_guidance(guided: bool) -> None:
     """That of the last branch, or of both branches together."""
 
-    class Network(torch.nn.Module):
-        weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, sample: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+    class Network(torch.nn.Linear):
+        def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor]:  # type: ignore[override]
             return (made,)
 
     made = torch.randn(2 * 3, 4, 2, 2)
-    module = Denoiser(Network(), ["learned_variance"], guided_variance=guided)
+    module = Denoiser(Network(1, 1), options=["learned_variance"], guided_variance=guided)
     one, noise = torch.ones(3), torch.randn(3, 2, 2, 2)
     update = torch.tensor([[0.0, 0.0, 0.5, 0.0, 0.0]]).expand(3, -1)
     weights = torch.tensor([[-1.5], [2.5]]).expand(2, 3)

@@ -73,8 +73,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tcd", {}),
 )
 # Where float32 inside diffusers leaves less than 1e-6. The lower sigma of an ancestral step is a difference
-# there. A sigma that is an ulp off counts fifty times in the weights of LMS, and several times in those of the
-# other multistep solvers at fifty steps. DPM's sample is rounded at each step.
+# there. A sigma that is an ulp off counts fifty times in the weights of LMS, and several times in those of
+# the other multistep solvers at fifty steps. DPM's sample is rounded at each step.
 LIMITS = {
     "dpm2_a": 4e-4,
     "dpmpp_sde": 4e-4,
