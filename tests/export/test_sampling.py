@@ -96,7 +96,7 @@ def learned(
 def reference_of(folder: Path) -> Any:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.own = {**pipeline.scheduler.config, "clip_sample": False}  # what every test starts from
+    pipeline.own = pipeline.scheduler.config  # what every test starts from
     return pipeline
 
 
@@ -112,7 +112,9 @@ def learned_reference(learned_checkpoint: Path) -> Any:
 
 def paint(reference: Any, scheduler: str, options: Mapping[str, Any], **settings: Any) -> Pictures:
     """With a scheduler made of the checkpoint's configuration and options, as users of diffusers do it."""
-    reference.scheduler = getattr(diffusers, scheduler).from_config(reference.own, **options)
+    reference.scheduler = getattr(diffusers, scheduler).from_config(
+        reference.own, **{"clip_sample": False, **options}
+    )
     generator = torch.Generator("cpu").manual_seed(11)
     made = reference(**PROMPT, generator=generator, output_type="np", **settings)
     picture: Pictures = (made.images[0] * 255).round().astype(np.uint8)
