@@ -42,6 +42,8 @@ def dpm_sde(config: Mapping[str, Any], run: Run) -> Draft:
     """
     options = read_options(DPMSDEOptions, config)
     require(options, "prediction_type", "epsilon", "v_prediction")
+    if options.rule == "use_karras_sigmas":
+        options = replace(options, sigma_min=None, sigma_max=None)  # not read there
     table = training_sigmas(options)
     timesteps, sigmas = sigma_schedule(options, table, run)
     sigmas = closed(sigmas)

@@ -9,12 +9,14 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
-from allaprima.bundle import Bundle, Component, RequestError
+from allaprima.bundle import BackendError, Bundle, Component, RequestError
+from allaprima.engine.tensorrt import choose_flavour
 from allaprima.export import parity
 from allaprima.export.denoiser import Denoiser
 from allaprima.export.graph import write_graph
@@ -198,6 +200,21 @@ def test_learned_variance_left_aside(
     wanted = paint(learned_reference, find(sampler).scheduler, options, **SETTINGS)
     chosen = {name: value for name, value in options.items() if name != "variance_type"}
     assert psnr(wanted, generate(learned, sampler, {"scheduler": chosen}, **SETTINGS)) >= 50
+
+
+def test_tensorrt_rtx_takes_it(learned_denoiser: tuple[Path, Component]) -> None:
+    """Each operator of it, the quantile's too."""
+    try:
+        choose_flavour("tensorrt-rtx")
+    except BackendError as error:
+        pytest.skip(str(error))
+    from polygraphy.backend.trt import NetworkFromOnnxPath
+
+    builder, network, parser = NetworkFromOnnxPath(str(learned_denoiser[0]))()
+    operators = {node.op_type for node in onnx.load(learned_denoiser[0], load_external_data=False).graph.node}
+    assert parser.num_errors == 0
+    assert [name for name in operators if not parser.supports_operator(name)] == []
+    del parser, network, builder  # in this order: each borrows the next
 
 
 def test_a_denoiser_that_cannot(pipeline: Pipeline) -> None:

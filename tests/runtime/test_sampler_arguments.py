@@ -221,4 +221,4 @@ def test_number_of_steps() -> None:
 def test_noise_of_dpmpp_sde(s_noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(SD, "dpmpp_sde", 5, history=1, s_noise=s_noise)
     scheduler = scheduler_class("dpmpp_sde").from_config(SD)
-    assert error_of(table, scheduler, 5, monkeypatch, slack=1e-2, s_noise=s_noise) <= 1e-5
+    assert error_of(table, scheduler, 5, monkeypatch, s_noise=s_noise) <= 1e-6
