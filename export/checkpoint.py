@@ -43,6 +43,7 @@ def export_checkpoint(
     name: str | None = None,
     overwrite: bool = False,
     single: SingleFile | None = None,
+    thresholding: bool = False,
     usage: Usage | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
@@ -56,6 +57,8 @@ def export_checkpoint(
         name: what the bundle calls itself; by default the target's folder name.
         overwrite: replace an existing bundle.
         single: what a single file does not say; None is the usual.
+        thresholding: give the denoiser dynamic thresholding, for the scheduler option of that name, even if
+            the checkpoint's own scheduler does not ask for it.
         usage: the defaults that pictures are painted with; None is the checkpoint's own.
         progress: called before each stage.
 
@@ -69,7 +72,7 @@ def export_checkpoint(
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
     ):
-        family = (usage or Usage()).apply(read_family(checkpoint))
+        family = (usage or Usage()).apply(read_family(checkpoint, thresholding=thresholding))
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
