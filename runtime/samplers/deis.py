@@ -56,7 +56,9 @@ def deis(config: Mapping[str, Any], run: Run) -> Draft:
         logs = -path.lambdas[call + 1 - order : call + 2][::-1]
         update[call, 0] = path.alpha[call + 1] / path.alpha[call]
         update[call, [1, *range(3, 2 + order)]] = path.alpha[call + 1] * _integrals(logs[1:], logs[0])
-    return Draft(timesteps, noise_of(options, path), update, levels=path.levels()).begun(run.begin)
+    noise = noise_of(options, path)
+    draft = Draft(timesteps, noise, update, levels=path.levels(), clean=path.clean_from_noise())
+    return draft.begun(run.begin)
 
 
 def _order(options: DEISOptions, left: int, calls: int) -> int:

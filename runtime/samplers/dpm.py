@@ -177,7 +177,8 @@ def _path(options: SinglestepOptions, run: Run) -> tuple[F64, Path]:
 
 def _draft(options: SinglestepOptions, timesteps: F64, path: Path, rows: list[F64], *, history: int) -> Draft:
     prediction = clean_of(options, path) if options.data else noise_of(options, path)
-    return Draft(timesteps, prediction, np.stack(rows)[:, : 3 + history], draws=options.sde)
+    clean = None if options.data else path.clean_from_noise()
+    return Draft(timesteps, prediction, np.stack(rows)[:, : 3 + history], draws=options.sde, clean=clean)
 
 
 def _order(options: DPMOptions, call: int, calls: int) -> int:

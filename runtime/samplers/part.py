@@ -54,4 +54,5 @@ def _ended(table: Table, rows: int) -> Table:
         update=table.update[:rows],
         draws=table.draws[:rows],
         levels=None if table.levels is None else table.levels[: rows + 1],
+        clean=table.clean[:rows],
     )

@@ -46,6 +46,9 @@ class Table:
 
     None for samplers that cannot begin with a picture.
     """
+    clean: F32
+    """[N, 2], the clean sample as it looks after each call: the next sample times the first, plus this call's
+    prediction times the second."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Draft:
     """[N, 2], how much of the clean sample and of noise is in the sample before each call."""
     calls: int = 1
     """Of the model in each step but the last."""
+    clean: F64 | None = None
+    """[N, 2]; None where the prediction is the clean sample itself."""
 
     def begun(self, step: int) -> "Draft":
         """Without the calls before a step; RequestError if the sampler cannot begin there."""
@@ -78,6 +83,7 @@ class Draft:
             input_scale=self.input_scale if isinstance(self.input_scale, float) else self.input_scale[row:],
             draws=self.draws if isinstance(self.draws, bool) else self.draws[row:],
             levels=None if self.levels is None else self.levels[row:],
+            clean=None if self.clean is None else self.clean[row:],
         )
 
     def finish(self, sampler: str, history: int) -> Table:
@@ -108,6 +114,7 @@ class Draft:
             draws=np.broadcast_to(np.asarray(self.draws), count),
             init_noise_sigma=float(self.init_noise_sigma),
             levels=None if self.levels is None else _sealed(self.levels),
+            clean=_sealed(np.tile([0.0, 1.0], (count, 1)) if self.clean is None else self.clean),
         )
 
 
@@ -140,3 +147,16 @@ def denoised(prediction_type: str, alpha: F64, sigma: F64) -> F64:
     if prediction_type == "v_prediction":
         return np.stack([alpha, -sigma], axis=1)
     return np.tile([0.0, 1.0], (len(alpha), 1))
+
+
+def clean_from_noise(alpha: F64, sigma: F64) -> F64:
+    """`Draft.clean` of a prediction that is the noise; the next sample is ``alpha * clean + sigma * noise``.
+
+    Args:
+        alpha: [N]
+        sigma: [N]
+
+    Returns:
+        [N, 2]
+    """
+    return np.stack([1 / alpha, -sigma / alpha], axis=1)

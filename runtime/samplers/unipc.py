@@ -80,7 +80,8 @@ def unipc(config: Mapping[str, Any], run: Run) -> Draft:
         rows.append(_advance(step, start, [past(age) for age in range(order)], None))
     prediction = clean_of(options, path) if options.predict_x0 else noise_of(options, path)
     update = np.stack([np.zeros(len(SAMPLE))] * run.begin + rows)[:, : 3 + options.solver_order]
-    return Draft(timesteps, prediction, update, levels=path.levels()).begun(run.begin)
+    clean = None if options.predict_x0 else path.clean_from_noise()
+    return Draft(timesteps, prediction, update, levels=path.levels(), clean=clean).begun(run.begin)
 
 
 def _check(options: UniPCOptions, steps: int) -> None:
