@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allaprima.runtime.samplers.run import Run
-from allaprima.runtime.samplers.table import Draft, denoised
+from allaprima.runtime.samplers.table import Draft, clean_from_noise
 from allaprima.runtime.schedule import (
     F64,
     Training,
@@ -75,14 +75,18 @@ def pndm(config: Mapping[str, Any], run: Run) -> Draft:
         outputs,
         update,
         levels=np.sqrt(np.stack([a, 1 - a], axis=1)),
-        clean=denoised(options.prediction_type, *_reached(options, end)),
+        clean=_clean(options, a, _alphas(options, end)),
     )
 
 
-def _reached(options: PNDMOptions, end: NDArray[np.int64]) -> tuple[F64, F64]:
-    """How much of the clean sample and of noise is in the sample after each call, [N] each."""
-    a = _alphas(options, end)
-    return np.sqrt(a), np.sqrt(1 - a)
+def _clean(options: PNDMOptions, called: F64, reached: F64) -> F64:
+    """`Draft.clean`, for cumulative products of alpha where the model is called and after that, [N] each."""
+    alpha, sigma = np.sqrt(reached), np.sqrt(1 - reached)
+    if options.prediction_type == "epsilon":
+        return clean_from_noise(alpha, sigma)
+    # The output is v of the call, of which both samples are turned away by an angle: two equations.
+    share = np.sqrt(called) * alpha + np.sqrt(1 - called) * sigma
+    return np.stack([np.sqrt(called), -sigma], axis=1) / share[:, None]
 
 
 def _transfer(options: PNDMOptions, start: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[F64, F64]:
