@@ -183,6 +183,15 @@ class Pipeline:
         self, request: Request, *, callback: Callback | None = None, preview_every: int | None = None
     ) -> Result:
         """As `generate`, for a Request."""
+        try:
+            return self._paint(request, callback, preview_every)
+        except MemoryError as cause:
+            self._denoiser = self._decoder = self._encoder = None
+            raise BackendError(
+                "there is not enough memory for this request: ask for fewer or smaller pictures"
+            ) from cause
+
+    def _paint(self, request: Request, callback: Callback | None, preview_every: int | None) -> Result:
         settings = request.check(self.bundle.manifest)
         preview = check_preview(preview_every, self.bundle.manifest, heard=callback is not None)
         table = self._plan(settings)
