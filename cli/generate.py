@@ -11,7 +11,7 @@ from allaprima.cli.output import add_json, add_quiet, print_json, print_warnings
 from allaprima.cli.sampling import add_sampling, read_sampling
 
 if TYPE_CHECKING:
-    from allaprima.runtime import Result
+    from allaprima.runtime import Progress, Result
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         default="picture.png",
         help="numbered if there are several (picture.png)",
+    )
+    parser.add_argument(
+        "--preview",
+        metavar="FILE",
+        help="a small picture of what is being painted, meanwhile (picture.preview.png)",
+    )
+    parser.add_argument(
+        "--preview-every", metavar="N", type=int, help="write it after every N steps (with --preview: 1)"
     )
     parser.add_argument(
         "--no-safety-checker", action="store_true", help="do not let the model's safety checker look"
@@ -102,10 +110,11 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Paint, save, and say where."""
-    from allaprima.runtime import Pipeline, check_writable, save_image
+    from allaprima.runtime import Pipeline, check_writable, save_image, save_preview
 
     paths = _name_outputs(Path(options.output), options.num_images)
-    for path in paths:
+    every, small = _previews(options)
+    for path in (*paths, *small):
         check_writable(path)
     width, height = options.size
     with (
@@ -118,6 +127,13 @@ def run(options: argparse.Namespace) -> None:
         ) as pipeline,
         progress_bar(quiet=options.quiet) as report,
     ):
+
+        def callback(progress: Progress) -> None:
+            report(progress.stage, progress.step, progress.total)
+            # None where none is due.
+            for path, image in zip(small, progress.previews, strict=False):
+                save_preview(image, path)
+
         result = pipeline.generate(
             options.prompt,
             negative_prompt=options.negative_prompt,
@@ -139,7 +155,8 @@ def run(options: argparse.Namespace) -> None:
             variation_strength=options.variation_strength,
             mask=options.mask,
             sampling=read_sampling(options),
-            callback=lambda progress: report(progress.stage, progress.step, progress.total),
+            callback=callback,
+            preview_every=every,
         )
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):
         save_image(image, path, parameters)
@@ -167,6 +184,16 @@ def _parse_size(text: str) -> tuple[int, int]:
     if not (separator and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"'{text}' is not a size: write WIDTHxHEIGHT in pixels, as 768x512")
     return int(width), int(height)
+
+
+def _previews(options: argparse.Namespace) -> tuple[int | None, list[Path]]:
+    """After how many steps previews are written, None for never, and where."""
+    if options.preview is None and not options.preview_every:
+        return None, []
+    output = Path(options.output)
+    path = output.with_stem(f"{output.stem}.preview") if options.preview is None else Path(options.preview)
+    every = 1 if options.preview_every is None else options.preview_every
+    return every, _name_outputs(path, options.num_images)
 
 
 def _name_outputs(output: Path, count: int) -> list[Path]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest
+from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest, Preview
 from allaprima.export import parity, safety
 from allaprima.export.configuration import write_tokenizer
 from allaprima.export.family import HISTORY, Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.presets import Usage
+from allaprima.export.preview import Floats, fit_preview
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
@@ -94,7 +97,19 @@ def _export(
         for part, make in plans.items()
     }
     stages.enter("seal")
-    return writer.commit(_manifest(family, name, precision, components))
+    preview = _fit_preview(writer.folder, components["vae_encoder"], family)
+    return writer.commit(_manifest(family, name, precision, components, preview))
+
+
+def _fit_preview(folder: Path, encoder: Component, family: Family) -> Preview | None:
+    """The graph that was just written looks at drawn pictures; it takes no more than its check did."""
+
+    def encode(images: Sequence[Floats]) -> list[NDArray[np.generic]]:
+        batches: list[parity.Arrays] = [{"image": image} for image in images]
+        made = parity.run_graph(folder / encoder.graph, batches, widen=encoder.precision == "bf16")
+        return [each["mean"] for each in made]
+
+    return fit_preview(encode, family.latent)
 
 
 @contextmanager
@@ -160,7 +175,13 @@ def _extents(family: Family) -> list[Mapping[str, int]]:
     ]
 
 
-def _manifest(family: Family, name: str, precision: str, components: Mapping[str, Component]) -> Manifest:
+def _manifest(
+    family: Family,
+    name: str,
+    precision: str,
+    components: Mapping[str, Component],
+    preview: Preview | None,
+) -> Manifest:
     libraries = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
     return Manifest(
         schema=SCHEMA,
@@ -172,7 +193,7 @@ def _manifest(family: Family, name: str, precision: str, components: Mapping[str
         zero_negative=family.zero_negative,
         scheduler=family.scheduler,
         latent=family.latent,
-        preview=None,
+        preview=preview,
         defaults=family.defaults,
         history=HISTORY,
         versions={

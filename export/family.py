@@ -166,7 +166,10 @@ class Family:
             example={"sample": torch.randn(2, self.latent.channels, 6, 10)},
             axes={"sample": {0: "B", 2: "H", 3: "W"}},
             inputs=(TensorSpec("sample", "float32", ("B", self.latent.channels, "H", "W")),),
-            outputs=(TensorSpec("image", "uint8", ("B", f"{scale}*H", f"{scale}*W", 3)),),
+            outputs=(
+                TensorSpec("image", "uint8", ("B", f"{scale}*H", f"{scale}*W", 3)),
+                TensorSpec("finite", "float32", ("B",)),
+            ),
         )
 
     def _vae_encoder(self, dtype: torch.dtype) -> GraphPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,18 @@ def check(name: str, path: Path, precision: str, trials: Sequence[Trial]) -> tup
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
         session = _Session(_widen(path, Path(folder)) if precision == "bf16" else path)
         return tuple(_compare(name, precision, trial, session) for trial in trials)
+
+
+def run_graph(path: Path, batches: Iterable[Arrays], *, widen: bool = False) -> list[Arrays]:
+    """What the graph makes of each batch of inputs, by name; `widen` computes in float32 what is bf16.
+
+    Raises:
+        ExportError: ONNX Runtime is not installed, or refuses the graph.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
+        session = _Session(_widen(path, Path(folder)) if widen else path)
+        names = [output.name for output in session.session.get_outputs()]
+        return [dict(zip(names, session.run(batch), strict=True)) for batch in batches]
 
 
 class _Session:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from allaprima.bundle import ExportError
+from allaprima.export.completeness import check_completeness
 from allaprima.export.reason import reason
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -65,14 +66,19 @@ class Checkpoint:
         """The model of one part with its weights in `dtype`, ready to trace.
 
         Raises:
-            ExportError: as `check`, or files that are broken.
+            ExportError: as `check`, or files that are broken, or tensors that are not those of the model.
         """
         kind = self.check(part)
         try:
             with _silent():
-                model = kind.from_pretrained(
-                    self.folder / part, use_safetensors=True, local_files_only=True, dtype=dtype
+                model, report = kind.from_pretrained(
+                    self.folder / part,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    dtype=dtype,
+                    output_loading_info=True,
                 )
+            check_completeness(report["missing_keys"], report["unexpected_keys"])
         except Exception as cause:
             raise ExportError(
                 f"{self.folder / part} cannot be loaded as {kind.__name__}: {reason(cause)}"

@@ -1,7 +1,7 @@
 """Painting: a bundle, a backend and a prompt in, pictures out. Needs NumPy, Pillow and tokenizers only."""
 
 from allaprima.runtime.backends import BackendInfo, Decision, backends, choose, decide, open_session
-from allaprima.runtime.image import check_writable, read_parameters, save_image
+from allaprima.runtime.image import check_writable, read_parameters, save_image, save_preview
 from allaprima.runtime.pipeline import Pipeline
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result
@@ -27,4 +27,5 @@ __all__ = [
     "open_session",
     "read_parameters",
     "save_image",
+    "save_preview",
 ]

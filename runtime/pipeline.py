@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from allaprima.bundle import (
@@ -25,9 +26,11 @@ from allaprima.bundle import (
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
+from allaprima.runtime.finite import check_latents
 from allaprima.runtime.inpainting import Kept
 from allaprima.runtime.latents import Beginning
 from allaprima.runtime.noise import Draws, Noise
+from allaprima.runtime.preview import Previewer, check_preview
 from allaprima.runtime.request import Options, Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
 from allaprima.runtime.safety import COMPONENT as SAFETY
@@ -158,21 +161,39 @@ class Pipeline:
         self.close()
 
     def generate(
-        self, prompt: str, *, callback: Callback | None = None, **options: Unpack[Options]
+        self,
+        prompt: str,
+        *,
+        callback: Callback | None = None,
+        preview_every: int | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """Paint pictures; `options` are the fields of a Request, which says what each does.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again.
+        used again. After every `preview_every` steps (calls of the model, as `Progress` counts them; None or
+        0 is never) it also gets previews, which cost next to nothing.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
-        return self.paint(Request(prompt, **options), callback=callback)
+        return self.paint(Request(prompt, **options), callback=callback, preview_every=preview_every)
 
-    def paint(self, request: Request, *, callback: Callback | None = None) -> Result:
+    def paint(
+        self, request: Request, *, callback: Callback | None = None, preview_every: int | None = None
+    ) -> Result:
         """As `generate`, for a Request."""
+        try:
+            return self._paint(request, callback, preview_every)
+        except MemoryError as cause:
+            self._denoiser = self._decoder = self._encoder = None
+            raise BackendError(
+                "there is not enough memory for this request: ask for fewer or smaller pictures"
+            ) from cause
+
+    def _paint(self, request: Request, callback: Callback | None, preview_every: int | None) -> Result:
         settings = request.check(self.bundle.manifest)
+        preview = check_preview(preview_every, self.bundle.manifest, heard=callback is not None)
         table = self._plan(settings)
         marks = [perf_counter()]
         with self._exclusive():
@@ -193,8 +214,9 @@ class Pipeline:
             self._encode(denoiser, settings, conditioning)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
-            _denoise(denoiser, table, beginning.streams, kept, callback)
-            self._check_finite(denoiser)
+            previewer = Previewer(preview, preview_every, kept) if preview and preview_every else None
+            _denoise(denoiser, table, beginning.streams, kept, callback, previewer)
+            check_latents(denoiser, self._sessions)
             marks.append(perf_counter())
             latents = denoiser.sample.copy() if settings.output_type == "latent" else None
             images, flagged = self._check_safety(
@@ -282,14 +304,6 @@ class Pipeline:
             self._encoder = key, Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, *key)
         return self._encoder[1]
 
-    def _check_finite(self, denoiser: Denoiser) -> None:
-        denoiser.pull()
-        if not np.isfinite(denoiser.sample).all():
-            raise BackendError(
-                f"the picture came out as infinite or not-a-number, in {self.precision} with the backend "
-                f"{self.backend}: use a lower guidance_scale, another sampler or a wider precision"
-            )
-
     def _decode(
         self, denoiser: Denoiser, settings: Settings, callback: Callback | None
     ) -> tuple[Image.Image, ...]:
@@ -337,7 +351,12 @@ def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
 
 
 def _denoise(
-    denoiser: Denoiser, table: Table, streams: list[Noise], kept: Kept | None, callback: Callback | None
+    denoiser: Denoiser,
+    table: Table,
+    streams: list[Noise],
+    kept: Kept | None,
+    callback: Callback | None,
+    previewer: Previewer | None,
 ) -> None:
     total = len(table.timesteps)
     draws = Draws(streams)
@@ -352,12 +371,20 @@ def _denoise(
             level = table.levels[row + 1] if row + 1 < len(table.levels) else (1.0, 0.0)
             kept.put_back(denoiser.sample, *level)
             denoiser.push()
-        _tell(callback, "denoise", row + 1, total, denoiser)
+        if callback is not None:
+            denoiser.pull()
+            previews = () if previewer is None else previewer.paint(denoiser, table, row)
+            callback(Progress("denoise", row + 1, total, _seen(denoiser), previews))
 
 
 def _tell(callback: Callback | None, stage: Stage, step: int, total: int, denoiser: Denoiser) -> None:
     if callback is not None:
         denoiser.pull()
-        sample = denoiser.sample.view()
-        sample.flags.writeable = False
-        callback(Progress(stage, step, total, sample))
+        callback(Progress(stage, step, total, _seen(denoiser)))
+
+
+def _seen(denoiser: Denoiser) -> NDArray[np.float32]:
+    """The latents, which a callback must not change."""
+    sample = denoiser.sample.view()
+    sample.flags.writeable = False
+    return sample

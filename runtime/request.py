@@ -22,6 +22,9 @@ from allaprima.runtime.sampling import Sampling
 Latents = NDArray[np.float32]
 OutputType = Literal["pil", "latent"]
 
+MOST_PIXELS = 1 << 28
+"""Of all pictures of a request together, a thousand of 512 x 512: what takes more than a device's memory is
+told when it is known, but no memory is asked for on this scale."""
 STRENGTH = 0.8
 """How much of a picture is painted over if a request does not say."""
 MASKED_STRENGTH = 1.0
@@ -194,6 +197,7 @@ class Request:
         sampling = Sampling.read(self.sampling)
         count = fields.whole("num_images", self.num_images, 1)
         _check_count(latents, count)
+        _check_pixels(count, height, width)
         settings = Settings(
             **_texts(self, manifest),  # type: ignore[arg-type]
             num_inference_steps=self._steps(manifest, sampler, sampling),
@@ -305,6 +309,14 @@ def _check_mask(settings: Settings, *, needed: bool) -> None:
 def _check_count(latents: Latents | None, count: int) -> None:
     if latents is not None and len(latents) not in (1, count):
         raise RequestError(f"num_images is {count}, but there are latents of {len(latents)}: make them equal")
+
+
+def _check_pixels(count: int, height: int, width: int) -> None:
+    if count * height * width > MOST_PIXELS:
+        raise RequestError(
+            f"num_images {count} of {width} x {height} pixels is too much at once: at most {MOST_PIXELS} "
+            "pixels are painted together, so ask for fewer or smaller pictures"
+        )
 
 
 def _check_steps(settings: Settings) -> None:

@@ -20,13 +20,16 @@ class Progress:
     """`step` of `total` in a stage is done.
 
     `sample` is a read-only view of the latents [B,C,H,W], in the sampler's own space; it is overwritten by
-    later steps, so copy what is to be kept.
+    later steps, so copy what is to be kept. `previews` are small pictures of what the model expects to paint,
+    one for each, a pixel for each latent, if they were asked for and are due after this step; no safety
+    checker has looked at them.
     """
 
     stage: Stage
     step: int
     total: int
     sample: NDArray[np.float32]
+    previews: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)

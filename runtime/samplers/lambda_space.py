@@ -13,7 +13,7 @@ from allaprima.bundle.errors import RequestError
 from allaprima.runtime.respacing import Respacing, respaced
 from allaprima.runtime.samplers.limit import UNLIMITED, Limit, Thresholding
 from allaprima.runtime.samplers.run import Run
-from allaprima.runtime.samplers.table import denoised
+from allaprima.runtime.samplers.table import clean_from_noise, denoised
 from allaprima.runtime.schedule import (
     F32,
     F64,
@@ -57,6 +57,10 @@ class Path(NamedTuple):
     def levels(self) -> F64:
         """How much of the clean sample and of noise is in the sample before each call, [N, 2]."""
         return np.stack([self.alpha[:-1], self.sigma[:-1]], axis=1)
+
+    def clean_from_noise(self) -> F64:
+        """The clean sample after each call, of a prediction that is the noise: `Draft.clean`, [N, 2]."""
+        return clean_from_noise(self.alpha[1:], self.sigma[1:])
 
 
 def check(options: LambdaOptions) -> None:

@@ -57,6 +57,9 @@ class Table:
     """[N, 2], likewise; None where the prediction is what was limited."""
     learned_variance: F32 | None
     """[N, 2], for models that predict variances; None if they do not count."""
+    clean: F32
+    """[N, 2], the clean sample as it looks after each call: the next sample times the first, plus this call's
+    prediction times the second."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Draft:
     """[N, 2]"""
     learned_variance: F64 | None = None
     """[N, 2]"""
+    clean: F64 | None = None
+    """[N, 2]; None where the prediction is the clean sample itself."""
 
     def begun(self, step: int) -> "Draft":
         """Without the calls before a step; RequestError if the sampler cannot begin there."""
@@ -131,6 +136,7 @@ class Draft:
             thresholds=_sealed(np.tile(threshold, (count, 1))) if self.limit.ratio >= 0 else None,
             from_limited=_maybe(self.from_limited),
             learned_variance=_maybe(self.learned_variance),
+            clean=_sealed(np.tile([0.0, 1.0], (count, 1)) if self.clean is None else self.clean),
         )
 
 
@@ -167,3 +173,16 @@ def denoised(prediction_type: str, alpha: F64, sigma: F64) -> F64:
     if prediction_type == "v_prediction":
         return np.stack([alpha, -sigma], axis=1)
     return np.tile([0.0, 1.0], (len(alpha), 1))
+
+
+def clean_from_noise(alpha: F64, sigma: F64) -> F64:
+    """`Draft.clean` of a prediction that is the noise; the next sample is ``alpha * clean + sigma * noise``.
+
+    Args:
+        alpha: [N]
+        sigma: [N]
+
+    Returns:
+        [N, 2]
+    """
+    return np.stack([1 / alpha, -sigma / alpha], axis=1)

@@ -83,7 +83,9 @@ def unipc(config: Mapping[str, Any], run: Run) -> Draft:
     limit = options.limit if options.predict_x0 else UNLIMITED
     prediction = clean_of(options, path) if options.predict_x0 else noise_of(options, path)
     update = np.stack([np.zeros(len(SAMPLE))] * run.begin + rows)[:, : 3 + options.solver_order]
-    return Draft(timesteps, prediction, update, limit=limit, levels=path.levels()).begun(run.begin)
+    clean = None if options.predict_x0 else path.clean_from_noise()
+    draft = Draft(timesteps, prediction, update, limit=limit, levels=path.levels(), clean=clean)
+    return draft.begun(run.begin)
 
 
 def _check(options: UniPCOptions, steps: int) -> None:

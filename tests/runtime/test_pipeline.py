@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from allaprima.bundle import VERSION, BackendError, Bundle, BundleError, RequestError
 from allaprima.runtime import Parameters, Pipeline, Progress, Result, open_session
+from allaprima.runtime.memory import HostMemory
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.samplers import idle_row, make_table
 from allaprima.runtime.stages import Denoiser
@@ -245,6 +246,8 @@ def test_empty_prompt(ort: Pipeline) -> None:
         ({"num_inference_steps": 1001}, "1001"),
         ({"sampler": "dimm"}, "dimm.*ddim"),
         ({"prompt": "\ud800"}, "not valid Unicode"),
+        ({"num_images": 10**9}, "num_images 1000000000 of 32 x 64 pixels is too much at once"),
+        ({"sampler": "flow_euler"}, "'flow_euler' cannot honour the configuration of a DDIM"),
     ],
 )
 def test_refused(ort: Pipeline, options: dict[str, Any], message: str) -> None:
@@ -258,12 +261,28 @@ def test_picture_that_is_not_finite(ort: Pipeline) -> None:
         assert progress.sample.base is not None
         progress.sample.base[:] = np.nan
 
-    with pytest.raises(BackendError, match="not-a-number, in fp32 with the backend ort"):
+    with pytest.raises(BackendError, match="denoiser made values that are infinite or not-a-number, in fp32"):
         ort.generate(PROMPT, callback=spoil)
     wanted = pixels(ort.generate(PROMPT, seed=1, guidance_scale=3))
     with pytest.raises(BackendError, match="not-a-number"):
         ort.generate(PROMPT, seed=1, callback=spoil)
     assert np.array_equal(pixels(ort.generate(PROMPT, seed=1)), wanted)  # the history is clean again
+
+
+def test_not_enough_memory(ort: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of ours, and the pipeline goes on."""
+    wanted = pixels(ort.generate(PROMPT, seed=1))
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostMemory, "allocate", refuse)
+        with pytest.raises(
+            BackendError, match="not enough memory for this request: ask for fewer or smaller"
+        ):
+            ort.generate(PROMPT, num_images=2)
+    assert np.array_equal(pixels(ort.generate(PROMPT, seed=1)), wanted)
 
 
 def test_automatic_backend(bundle: Bundle) -> None:
