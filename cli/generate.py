@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allaprima.cli.output import add_json, add_quiet, print_json, print_warnings, progress_bar
+from allaprima.cli.sampling import add_sampling, read_sampling
 
 if TYPE_CHECKING:
     from allaprima.runtime import Progress, Result
@@ -25,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to paint")
     _add_painting(parser)
     _add_pictures(parser)
+    add_sampling(parser)
     parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
@@ -152,6 +154,7 @@ def run(options: argparse.Namespace) -> None:
             variation_seed=options.variation_seed,
             variation_strength=options.variation_strength,
             mask=options.mask,
+            sampling=read_sampling(options),
             callback=callback,
             preview_every=every,
         )

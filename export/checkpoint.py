@@ -19,6 +19,7 @@ from allaprima.export import parity, safety
 from allaprima.export.configuration import write_tokenizer
 from allaprima.export.family import HISTORY, Family
 from allaprima.export.graph import GraphPlan, write_graph
+from allaprima.export.presets import Usage
 from allaprima.export.preview import Floats, fit_preview
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
@@ -45,6 +46,8 @@ def export_checkpoint(
     name: str | None = None,
     overwrite: bool = False,
     single: SingleFile | None = None,
+    thresholding: bool = False,
+    usage: Usage | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL to a bundle.
@@ -57,6 +60,9 @@ def export_checkpoint(
         name: what the bundle calls itself; by default the target's folder name.
         overwrite: replace an existing bundle.
         single: what a single file does not say; None is the usual.
+        thresholding: give the denoiser dynamic thresholding, for the scheduler option of that name, even if
+            the checkpoint's own scheduler does not ask for it.
+        usage: the defaults that pictures are painted with; None is the checkpoint's own.
         progress: called before each stage.
 
     Raises:
@@ -69,7 +75,7 @@ def export_checkpoint(
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
     ):
-        family = read_family(checkpoint)
+        family = (usage or Usage()).apply(read_family(checkpoint, thresholding=thresholding))
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 

@@ -5,6 +5,7 @@ from allaprima.runtime.image import check_writable, read_parameters, save_image,
 from allaprima.runtime.pipeline import Pipeline
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result
+from allaprima.runtime.sampling import Sampling
 from allaprima.runtime.session import Binding, Session
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Progress",
     "Request",
     "Result",
+    "Sampling",
     "Session",
     "Settings",
     "backends",

@@ -29,7 +29,7 @@ from allaprima.runtime.conditioning import Conditioning, plan_conditioning
 from allaprima.runtime.finite import check_latents
 from allaprima.runtime.inpainting import Kept
 from allaprima.runtime.latents import Beginning
-from allaprima.runtime.noise import Noise
+from allaprima.runtime.noise import Draws, Noise
 from allaprima.runtime.preview import Previewer, check_preview
 from allaprima.runtime.request import Options, Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
@@ -37,7 +37,7 @@ from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table, take_part
 from allaprima.runtime.session import Session
-from allaprima.runtime.stages import Decoder, Denoiser, Encoder, TextEncoder
+from allaprima.runtime.stages import Decoder, Denoiser, Encoder, TextEncoder, check_table
 from allaprima.runtime.tokenizer import Tokenizer
 
 Callback = Callable[[Progress], None]
@@ -199,6 +199,7 @@ class Pipeline:
         with self._exclusive():
             if not self._sessions:
                 raise BackendError("the pipeline is closed: open it again")
+            check_table(table, self._sessions["denoiser"])
             conditioning = plan_conditioning(
                 self._encoders,
                 settings,
@@ -245,6 +246,7 @@ class Pipeline:
                 history=manifest.history,
                 eta=settings.eta,
                 begin=begin,
+                **settings.sampling.arguments(),
             )
 
         start, end = settings.denoising_start, settings.denoising_end
@@ -331,8 +333,9 @@ class Pipeline:
     def _describe(self, settings: Settings, table: Table, index: int) -> Parameters:
         known = {field.name for field in fields(Parameters)}
         given = {name: value for name, value in vars(settings).items() if name in known}
+        chosen = {"sampler": table.sampler, "sampling": settings.sampling.to_json()}
         return Parameters(
-            **{**given, **_seeds(settings, index), "sampler": table.sampler},
+            **{**given, **_seeds(settings, index), **chosen},
             bundle=self.bundle.manifest.name,
             backend=self.backend,
             precision=self.precision,
@@ -356,11 +359,11 @@ def _denoise(
     previewer: Previewer | None,
 ) -> None:
     total = len(table.timesteps)
+    draws = Draws(streams)
     for row in range(total):
         denoiser.write(table, row)
         if table.draws[row]:
-            for buffer, noise in zip(denoiser.noise, streams, strict=True):
-                buffer[...] = noise.normal(buffer.shape)
+            draws.fill(denoiser.noise, float(table.echoes[row]))
             denoiser.push_noise()
         denoiser.step()
         if kept is not None and table.levels is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How one picture was made: enough to make it again. `height` and `width` in pixels."""
+    """How one picture was made: enough to make it again. `height` and `width` in pixels.
+
+    `sampling` holds the fields of Sampling that were given, as JSON has them, and can be handed in again.
+    """
 
     prompt: str
     negative_prompt: str | None
@@ -61,6 +64,7 @@ class Parameters:
     denoising_start: float | None = None
     denoising_end: float | None = None
     micro_conditioning: MicroConditioning | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

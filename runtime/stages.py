@@ -18,6 +18,12 @@ from allaprima.runtime.tokenizer import Tokenizer
 Floats = NDArray[np.float32]
 
 RESCALE = "guidance_rescale"
+OPTIONS = {
+    "thresholds": ("thresholding", (-1.0, 1.0)),
+    "from_limited": ("thresholding", (0.0, 1.0)),
+    "learned_variance": ("variance_type", (0.0, 0.0)),
+}
+"""Inputs of a denoiser that only some graphs have: the scheduler option, and the row that changes nothing."""
 POOLED = "text_embeds"
 FINITE = "finite"
 """The decoder's word, 1 or 0, on the values that it rounds to 8 bits."""
@@ -171,6 +177,21 @@ class Decoder:
         return image
 
 
+def check_table(table: Table, denoiser: Session) -> None:
+    """RequestError if the denoiser's graph lacks what the table asks for."""
+    for name, (option, _) in OPTIONS.items():
+        if getattr(table, name) is not None and name not in denoiser.inputs:
+            remedy = (
+                "export the checkpoint again with --thresholding"
+                if option == "thresholding"
+                else "its UNet predicts no variance, so take another variance_type, as 'fixed_small'"
+            )
+            raise RequestError(
+                f"sampler {table.sampler!r} with this scheduler option {option} is more than this bundle's "
+                f"denoiser can do: {remedy}, or choose another sampler"
+            )
+
+
 class Denoiser:
     """A batch of B lanes, each of which may be at another row of another sampler's table.
 
@@ -201,8 +222,15 @@ class Denoiser:
     ) -> None:
         """Allocate for `sample` [B,C,H,W], G `branches`, S `history` slots, L = `length` tokens per prompt.
 
-        All lanes are idle at first. Raises BackendError if the session's graph has other shapes.
+        All lanes are idle at first. Raises BundleError if the session's graph is of an older version, or
+        BackendError if it has other shapes.
         """
+        width = session.inputs["update"].shape[-1]
+        if width != 4 + history:
+            raise BundleError(
+                f"the bundle's denoiser is of another version of allaprima (its update has {width} columns, "
+                f"not {4 + history}): export the checkpoint again"
+            )
         lanes, memory = sample[0], session.memory
         state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}
         self._states = memory.allocate(state), memory.allocate(state)
@@ -213,7 +241,8 @@ class Denoiser:
             "guidance": ((branches, lanes), np.float32),
             "to_prediction": ((lanes, 2), np.float32),
             "bounds": ((lanes,), np.float32),
-            "update": ((lanes, 3 + history), np.float32),
+            "update": ((lanes, 4 + history), np.float32),
+            **{name: ((lanes, 2), np.float32) for name in OPTIONS if name in session.inputs},
         }
         if RESCALE in session.inputs:
             row[RESCALE] = (lanes,), np.float32
@@ -298,6 +327,10 @@ class Denoiser:
         tensors["to_prediction"].array[lanes] = table.to_prediction[row]
         tensors["bounds"].array[lanes] = table.bounds[row]
         tensors["update"].array[lanes] = table.update[row]
+        for name, (_, neutral) in OPTIONS.items():
+            if name in tensors:
+                values = getattr(table, name)
+                tensors[name].array[lanes] = neutral if values is None else values[row]
 
     def step(self) -> None:
         """Take one step in all lanes. Raises BackendError; then the present sample is still the old one."""

@@ -13,11 +13,11 @@ from allaprima.runtime.respacing import Respacing, respaced
 from allaprima.runtime.samplers.recall import PREDICTION, SAMPLE, carried, past
 from allaprima.runtime.samplers.run import Run
 from allaprima.runtime.samplers.table import Draft
-from allaprima.runtime.schedule import F64, read_options, require
+from allaprima.runtime.schedule import F64, Training, read_options, require
 
 
 @dataclass(frozen=True)
-class FlowHeunOptions(Respacing):
+class FlowHeunOptions(Training):
     """Fields and defaults of ``FlowMatchHeunDiscreteScheduler``; there are no betas."""
 
     sampler: ClassVar[str] = "flow_heun"
@@ -26,7 +26,7 @@ class FlowHeunOptions(Respacing):
 
 
 @dataclass(frozen=True)
-class FlowEulerOptions(FlowHeunOptions):
+class FlowEulerOptions(FlowHeunOptions, Respacing):
     """Fields and defaults of ``FlowMatchEulerDiscreteScheduler`` that change a result."""
 
     sampler: ClassVar[str] = "flow_euler"

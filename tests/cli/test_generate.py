@@ -115,6 +115,7 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
         "variation_seed": None,
         "variation_strength": 0.0,
         "mask": None,
+        "sampling": {},
     }
     assert read_parameters("picture.png")["prompt"] == "a red circle"
 
@@ -127,6 +128,10 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
     words += ["--mask", "mask.png"]
     words += ["--variation-seed", "5", "--variation-strength", "0.25"]
     words += ["--long-prompts", "--prompt-weights", "--clip-skip", "2", "--guidance-rescale", "0.7"]
+    words += ["--timesteps", "999,749.5", "--sigmas", "14.6,0", "--order", "3", "--churn", "5"]
+    words += ["--churn-min", "0.1", "--churn-max", "9", "--churn-noise", "1.01"]
+    words += ["--scheduler-option", "timestep_spacing=trailing", "--scheduler-option", "steps_offset=2"]
+    words += ["--scheduler-option", "clip_sample=true"]
     outcome = allaprima("generate", "my bundle", *words, "a cat")
     assert outcome.code == 0
     assert easel.opened == {
@@ -156,6 +161,16 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
         "variation_seed": 5,
         "variation_strength": 0.25,
         "mask": "mask.png",
+        "sampling": {
+            "timesteps": [999, 749.5],
+            "sigmas": [14.6, 0],
+            "order": 3,
+            "s_churn": 5.0,
+            "s_tmin": 0.1,
+            "s_tmax": 9.0,
+            "s_noise": 1.01,
+            "scheduler": {"timestep_spacing": "trailing", "steps_offset": 2, "clip_sample": True},
+        },
     }
     assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
     assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]
@@ -214,6 +229,8 @@ def test_warnings_and_quiet(allaprima: Allaprima, easel: Easel) -> None:
     [
         (["--size", "512"], "argument --size: '512' is not a size: write WIDTHxHEIGHT"),
         (["--size", "-1x4"], "argument --size"),
+        (["--timesteps", "9,x"], "argument --timesteps: '9,x' is not a list of numbers"),
+        (["--scheduler-option", "clip"], "argument --scheduler-option: 'clip' is not an option: write NAME"),
         (["-o", "picture.bmp"], "picture.bmp: unknown kind of picture"),
         (["-o", "none/picture.png"], "none/picture.png: there is no folder none"),
         (["--preview", "none/small.png"], "none/small.png: there is no folder none"),

@@ -49,14 +49,16 @@ def paint_plainly(
     table = make_table(bundle.manifest.scheduler, **options, history=4)
     noise = Noise(seed)
     sample = noise.normal((4, 8, 4)) * table.init_noise_sigma
-    history = [np.zeros_like(sample)] * 4
+    history, last = [np.zeros_like(sample)] * 4, 0.0
     for row in range(len(table.timesteps)):
         base = 0.1 * sample * table.input_scale[row] + table.timesteps[row] / 1000
         output = sum(weight * np.tanh(base + each) for weight, each in zip(weights, conditions, strict=True))
         p, q = table.to_prediction[row]
-        prediction = np.clip(p * sample + q * output, -table.bounds[row], table.bounds[row])
+        raw = p * sample + q * output
+        prediction = np.clip(raw, -table.bounds[row], table.bounds[row])
         fresh = noise.normal((4, 8, 4)) if table.draws[row] else np.zeros_like(sample)
-        terms = [sample, prediction, fresh, *history]
+        last, fresh = fresh, fresh + table.echoes[row] * last
+        terms = [sample, prediction, fresh, *history, raw]
         sample = sum(u * term for u, term in zip(table.update[row], terms, strict=True))
         history = [prediction, *history[:3]]
     return np.asarray(sample, np.float64)
