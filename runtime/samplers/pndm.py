@@ -104,4 +104,5 @@ def _alphas(options: PNDMOptions, end: NDArray[np.int64]) -> F64:
     """The cumulative products of alpha at timesteps, of which those below 0 are the end, [N]."""
     table = training_alphas(options).astype(np.float64)
     final = 1.0 if options.set_alpha_to_one else table[0]
-    return np.asarray(np.where(end >= 0, table[np.maximum(end, 0)], final), np.float64)
+    products: F64 = np.where(end >= 0, table[np.maximum(end, 0)], final)
+    return products
