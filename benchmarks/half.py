@@ -122,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundles", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error(f"--count is {options.count}: give at least 1")
     command = shlex.join(["python", "-m", "allaprima.benchmarks.half", *arguments])
     try:
         print(_measure(options, command))

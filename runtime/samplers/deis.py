@@ -57,14 +57,7 @@ def deis(config: Mapping[str, Any], run: Run) -> Draft:
         update[call, 0] = path.alpha[call + 1] / path.alpha[call]
         update[call, [1, *range(3, 2 + order)]] = path.alpha[call + 1] * _integrals(logs[1:], logs[0])
     noise = predicted(options, path, data=False)
-    draft = Draft(
-        timesteps,
-        update=update,
-        levels=path.levels(),
-        clean=path.clean_from_noise(),
-        **noise._asdict(),
-    )
-    return draft.begun(run.begin)
+    return Draft(timesteps, update=update, levels=path.levels(), **noise._asdict()).begun(run.begin)
 
 
 def _order(options: DEISOptions, left: int, calls: int) -> int:

@@ -179,7 +179,6 @@ def _draft(options: SinglestepOptions, timesteps: F64, path: Path, rows: list[F6
         update=update[:, : 3 + history],
         draws=options.sde,
         echoes=echoes(update),
-        clean=None if options.data else path.clean_from_noise(),
         **kept._asdict(),
     )
 

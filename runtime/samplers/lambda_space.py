@@ -154,6 +154,7 @@ class Predicted(NamedTuple):
     to_prediction: F64
     limit: Limit = UNLIMITED
     from_limited: F64 | None = None
+    clean: F64 | None = None
 
 
 def predicted(options: LambdaOptions, path: Path, *, data: bool) -> Predicted:
@@ -161,9 +162,10 @@ def predicted(options: LambdaOptions, path: Path, *, data: bool) -> Predicted:
     if data:
         return Predicted(clean_of(options, path), options.limit)
     if options.limit == UNLIMITED:
-        return Predicted(noise_of(options, path))
+        return Predicted(noise_of(options, path), clean=path.clean_from_noise())
     alpha, sigma = path.alpha[:-1], path.sigma[:-1]
-    return Predicted(clean_of(options, path), options.limit, np.stack([1 / sigma, -alpha / sigma], axis=1))
+    noise = np.stack([1 / sigma, -alpha / sigma], axis=1)
+    return Predicted(clean_of(options, path), options.limit, noise, path.clean_from_noise())
 
 
 def _listed(options: LambdaOptions, alphas: F32, steps: int, clip: float) -> F64:

@@ -51,15 +51,15 @@ class Table:
 
     None for samplers that cannot begin with a picture.
     """
+    clean: F32
+    """[N, 2], the clean sample as it looks after each call: the next sample times the first, plus this call's
+    prediction times the second."""
     thresholds: F32 | None
     """[N, 2], for graphs that can threshold; None if there is nothing to."""
     from_limited: F32 | None
     """[N, 2], likewise; None where the prediction is what was limited."""
     learned_variance: F32 | None
     """[N, 2], for models that predict variances; None if they do not count."""
-    clean: F32
-    """[N, 2], the clean sample as it looks after each call: the next sample times the first, plus this call's
-    prediction times the second."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Draft:
     """[N, 2], how much of the clean sample and of noise is in the sample before each call."""
     calls: int = 1
     """Of the model in each step but the last."""
+    clean: F64 | None = None
+    """[N, 2]; None where the prediction is the clean sample itself."""
     raw: F64 | None = None
     """[N], the last column of the table's update."""
     echoes: F64 | None = None
@@ -88,8 +90,6 @@ class Draft:
     """[N, 2]"""
     learned_variance: F64 | None = None
     """[N, 2]"""
-    clean: F64 | None = None
-    """[N, 2]; None where the prediction is the clean sample itself."""
 
     def begun(self, step: int) -> "Draft":
         """Without the calls before a step; RequestError if the sampler cannot begin there."""
@@ -133,10 +133,10 @@ class Draft:
             echoes=_sealed(np.zeros(count) if self.echoes is None else self.echoes),
             init_noise_sigma=float(self.init_noise_sigma),
             levels=_maybe(self.levels),
+            clean=_sealed(np.tile([0.0, 1.0], (count, 1)) if self.clean is None else self.clean),
             thresholds=_sealed(np.tile(threshold, (count, 1))) if self.limit.ratio >= 0 else None,
             from_limited=_maybe(self.from_limited),
             learned_variance=_maybe(self.learned_variance),
-            clean=_sealed(np.tile([0.0, 1.0], (count, 1)) if self.clean is None else self.clean),
         )
 
 

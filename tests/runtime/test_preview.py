@@ -32,7 +32,7 @@ def clean_samples(table: Table, kind: str) -> tuple[F64, list[F64]]:
     random = np.random.default_rng(3)
     wanted, noise = random.standard_normal((2, 6))
     sample = table.levels[0, 0] * wanted + table.levels[0, 1] * noise
-    history = np.zeros((table.update.shape[1] - 3, 6))
+    history = np.zeros((table.update.shape[1] - 4, 6))
     found = []
     for row, (clean, level) in enumerate(table.levels.astype(np.float64)):
         noise = (sample - clean * wanted) / level
@@ -45,7 +45,7 @@ def clean_samples(table: Table, kind: str) -> tuple[F64, list[F64]]:
         }
         p, q = table.to_prediction[row].astype(np.float64)
         prediction = p * sample + q * outputs[kind]
-        terms = np.stack([sample, prediction, random.standard_normal(6), *history])
+        terms = np.stack([sample, prediction, random.standard_normal(6), *history, prediction])
         sample = table.update[row].astype(np.float64) @ terms
         history = np.concatenate([prediction[None], history])[: len(history)]
         found.append(table.clean[row].astype(np.float64) @ np.stack([sample, prediction]))
