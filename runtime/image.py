@@ -109,6 +109,7 @@ def describe(parameters: Parameters) -> str:
         "Size": f"{p.width}x{p.height}",
         **({} if p.strength is None else {"Denoising strength": f"{p.strength:g}"}),
         **_variation(p),
+        **({} if p.refiner is None else {"Refiner": p.refiner, "Refiner switch at": f"{p.denoising_end:g}"}),
         "Model": p.bundle,
         "Version": f"allaprima {p.version}",
     }

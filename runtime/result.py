@@ -64,6 +64,7 @@ class Parameters:
     denoising_start: float | None = None
     denoising_end: float | None = None
     micro_conditioning: MicroConditioning | None = None
+    refiner: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 

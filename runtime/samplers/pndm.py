@@ -86,7 +86,8 @@ def _clean(options: PNDMOptions, called: F64, reached: F64) -> F64:
         return clean_from_noise(alpha, sigma)
     # The output is v of the call, of which both samples are turned away by an angle: two equations.
     share = np.sqrt(called) * alpha + np.sqrt(1 - called) * sigma
-    return np.stack([np.sqrt(called), -sigma], axis=1) / share[:, None]
+    coefficients: F64 = np.stack([np.sqrt(called), -sigma], axis=1) / share[:, None]
+    return coefficients
 
 
 def _transfer(options: PNDMOptions, start: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[F64, F64]:
