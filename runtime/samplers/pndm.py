@@ -86,8 +86,7 @@ def _clean(options: PNDMOptions, called: F64, reached: F64) -> F64:
         return clean_from_noise(alpha, sigma)
     # The output is v of the call, of which both samples are turned away by an angle: two equations.
     share = np.sqrt(called) * alpha + np.sqrt(1 - called) * sigma
-    coefficients: F64 = np.stack([np.sqrt(called), -sigma], axis=1) / share[:, None]
-    return coefficients
+    return np.stack([np.sqrt(called) / share, -sigma / share], axis=1)
 
 
 def _transfer(options: PNDMOptions, start: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[F64, F64]:
@@ -105,5 +104,4 @@ def _alphas(options: PNDMOptions, end: NDArray[np.int64]) -> F64:
     """The cumulative products of alpha at timesteps, of which those below 0 are the end, [N]."""
     table = training_alphas(options).astype(np.float64)
     final = 1.0 if options.set_alpha_to_one else table[0]
-    products: F64 = np.where(end >= 0, table[np.maximum(end, 0)], final)
-    return products
+    return np.where(end >= 0, table[np.maximum(end, 0)], final)
