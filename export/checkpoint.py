@@ -121,18 +121,8 @@ def _export_component(
     gc.collect()
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))
-    inputs, outputs = plan.inputs, plan.outputs
-    _release(plan.module)
-    del plan
-    gc.collect()
     errors = parity.check(part, folder / graph, precision, trials)
-    return Component(graph, precision, inputs, outputs, errors)
-
-
-def _release(module: torch.nn.Module) -> None:
-    """Give the weights' memory back: torch's exporter keeps the parameters alive when the module is gone."""
-    for weight in module.parameters():
-        weight.data = torch.empty(0)
+    return Component(graph, precision, plan.inputs, plan.outputs, errors)
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:

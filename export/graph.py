@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import warnings
@@ -15,12 +14,12 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
-from onnxscript import optimizer
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from onnxscript import optimizer, rewriter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allaprima.bundle import ExportError, TensorSpec
 from allaprima.export.reason import reason
+from allaprima.export.weights import StoredTensor, write_weights
 
 OPSET = 23
 """The first opset with `Attention`, which every backend fuses or takes apart by itself."""
@@ -57,16 +56,16 @@ def write_graph(plan: GraphPlan, path: Path) -> None:
     _strip(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_weights(plan.module.state_dict(), model, path.parent)
+        _write_weights(plan.module.state_dict(keep_vars=True), model, path.parent)
         onnx_ir.save(model, path)
-    except (OSError, SafetensorError) as cause:
+    except OSError as cause:
         raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
     _check(plan, model, path)
 
 
 def _trace(plan: GraphPlan) -> onnx_ir.Model:
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _without_values(plan.module):
             program = torch.onnx.export(
                 plan.module.eval(),
                 tuple(plan.example.values()),
@@ -80,11 +79,57 @@ def _trace(plan: GraphPlan) -> onnx_ir.Model:
             )
             if program is None:
                 raise ExportError("torch.onnx.export gave no program")
-            with _hidden(program.model, plan.module.state_dict().keys()):
+            with _hidden(program.model, plan.module.state_dict().keys()), _quick_rules():
                 optimizer.optimize_ir(program.model)
             return program.model
     except Exception as cause:
         raise ExportError(f"{plan.name} does not trace to ONNX: {reason(cause)}") from cause
+
+
+@contextlib.contextmanager
+def _without_values(module: torch.nn.Module) -> Iterator[None]:
+    """Put tensors without values in the place of the module's weights: a graph needs only their shapes."""
+    fakes: dict[int, torch.Tensor] = {}
+    places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    mode = FakeTensorMode()
+    for part in module.modules():
+        buffers = {
+            name: value
+            for name, value in part._buffers.items()
+            if name not in part._non_persistent_buffers_set
+        }
+        own: tuple[tuple[dict[str, Any], Mapping[str, Any]], ...] = (
+            (part._parameters, part._parameters),
+            (part._buffers, buffers),
+        )
+        for owner, weights in own:
+            places.extend((owner, name, weight) for name, weight in weights.items() if weight is not None)
+    for _, _, weight in places:
+        with mode:
+            empty = torch.empty(weight.shape, dtype=weight.dtype)
+        parameter = isinstance(weight, torch.nn.Parameter)
+        fakes.setdefault(id(weight), torch.nn.Parameter(empty, requires_grad=False) if parameter else empty)
+    try:
+        for holder, name, weight in places:
+            holder[name] = fakes[id(weight)]
+        yield
+    finally:
+        for holder, name, weight in places:
+            holder[name] = weight
+
+
+@contextlib.contextmanager
+def _quick_rules() -> Iterator[None]:
+    """Without the optimizer's one rule that looks for pairs of nodes, which takes the square of their number.
+
+    It makes a Split of two Slices that are halves; for SDXL's UNet it takes minutes, to find none.
+    """
+    rules = rewriter._DEFAULT_REWRITE_RULES
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextlib.contextmanager
@@ -118,30 +163,29 @@ def _strip(model: onnx_ir.Model) -> None:
 def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path) -> None:
     """Move the parameters out of the graph, each under its name without the wrapper's prefix."""
     initializers = model.graph.initializers
-    owners: dict[int, str] = {}
+    owners: dict[object, str] = {}
     names = {
-        name: owners.setdefault(tensor.data_ptr(), name.partition(".")[2])  # tied weights are stored once
+        name: owners.setdefault(_identity(tensor), name.partition(".")[2])  # tied weights are stored once
         for name, tensor in state.items()
         if name in initializers
     }
-    stored = {saved: state[name].contiguous() for name, saved in reversed(names.items())}
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    with (folder / WEIGHTS).open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
+    places = write_weights({saved: state[name] for name, saved in reversed(names.items())}, folder / WEIGHTS)
     for name, saved in names.items():
         tensor = initializers[name].const_value
         if tensor is not None:
-            first, last = header[saved]["data_offsets"]
             initializers[name].const_value = onnx_ir.ExternalTensor(
                 WEIGHTS,
-                start + first,
-                last - first,
+                places[saved].start,
+                places[saved].length,
                 tensor.dtype,
                 name=name,
                 shape=onnx_ir.Shape(state[name].shape),
                 base_dir=folder,
             )
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    return (tensor.place, tensor.dtype) if isinstance(tensor, StoredTensor) else tensor.data_ptr()
 
 
 def _check(plan: GraphPlan, model: onnx_ir.Model, path: Path) -> None:

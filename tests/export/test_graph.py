@@ -261,7 +261,7 @@ def test_the_gate_sees_a_changed_weight(
 
 def test_the_gate_refuses_what_does_not_load(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"x")
-    with pytest.raises(ExportError, match="ONNX Runtime refuses the exported graph"):
+    with pytest.raises(ExportError, match=r"model\.onnx is not an ONNX file"):
         parity.check("denoiser", tmp_path / "model.onnx", "fp32", [])
 
 
