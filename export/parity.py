@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from allaprima.bundle import ExportError, Parity, TensorSpec
@@ -41,7 +41,7 @@ def reference(plan: GraphPlan, extents: Sequence[Mapping[str, int]], seed: int =
     trials = []
     for extent in extents:
         inputs = {spec.name: _draw(plan, spec, extent, random) for spec in plan.inputs}
-        with torch.no_grad(), _Float32():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), _Float32():
             made = plan.module(*(torch.from_numpy(value) for value in inputs.values()))
         results = made if isinstance(made, tuple) else (made,)
         outputs = {spec.name: result.numpy() for spec, result in zip(plan.outputs, results, strict=True)}
@@ -49,12 +49,14 @@ def reference(plan: GraphPlan, extents: Sequence[Mapping[str, int]], seed: int =
     return trials
 
 
-class _Float32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Float32(TorchFunctionMode):
     """Computes in float32 what is asked for in 16 bits; one weight at a time is widened."""
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if getattr(func, "__name__", "") == "__get__":  # an attribute: of a dtype, not of the values
+            return _widen(func(*args, **(kwargs or {})))
         args, kwargs = tree_map(_widen, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -96,11 +96,15 @@ class _Segment:
         self.inputs = sorted(taken - made - weights.keys() - {""})
         self.outputs = sorted(made & later)
         own = [weights[name] for name in sorted(taken & weights.keys())]
+        # Their types are said, as ONNX Runtime may leave in float32 what it computes in float32 by itself.
+        values = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+        kinds = {name: values[name].type.tensor_type.elem_type for name in self.outputs}
         if widen:
-            nodes, own = _widen(nodes, own)
-        graph = helper.make_graph(
-            nodes, "segment", [], [onnx.ValueInfoProto(name=name) for name in self.outputs], own
-        )
+            nodes = _widen(nodes, own)
+            narrow, wide = TensorProto.BFLOAT16, TensorProto.FLOAT
+            kinds = {name: wide if kind == narrow else kind for name, kind in kinds.items()}
+        outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
+        graph = helper.make_graph(nodes, "segment", [], outputs, own)
         self.model = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
         self.session: Any = None
 
@@ -138,9 +142,7 @@ def _open(model: onnx.ModelProto, folder: Path) -> Any:
         raise ExportError(f"ONNX Runtime refuses the exported graph: {reason(cause)}") from cause
 
 
-def _widen(
-    nodes: Sequence[onnx.NodeProto], weights: Sequence[TensorProto]
-) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+def _widen(nodes: Sequence[onnx.NodeProto], weights: Sequence[TensorProto]) -> list[onnx.NodeProto]:
     """The same with float32 in place of bf16; the graph converts the weights, so that their file will do."""
     narrow = {tensor.name for tensor in weights if tensor.data_type == TensorProto.BFLOAT16}
     casts = [helper.make_node("Cast", [name], [name + WIDE], to=TensorProto.FLOAT) for name in sorted(narrow)]
@@ -156,4 +158,4 @@ def _widen(
                 wide = numpy_helper.to_array(attribute.t).astype(np.float32)
                 attribute.t.CopyFrom(numpy_helper.from_array(wide))
         widened.append(copy)
-    return [*casts, *widened], list(weights)
+    return [*casts, *widened]
