@@ -30,6 +30,7 @@ from allaprima.bundle.manifest import (
     Latent,
     Manifest,
     Parity,
+    Preview,
     TensorSpec,
     TokenizerSpec,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "Latent",
     "Manifest",
     "Parity",
+    "Preview",
     "Profile",
     "Record",
     "RequestError",

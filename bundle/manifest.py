@@ -11,8 +11,8 @@ from typing import Any, Self
 from allaprima.bundle.errors import BundleError
 from allaprima.bundle.record import Record
 
-SCHEMA = 1
-"""The schema that this version writes, and the newest that it reads."""
+SCHEMA = 2
+"""The schema that this version writes and reads."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Component(Record):
     """One ONNX graph.
 
     `graph` is its path in the bundle, `precision` that of its weights: "fp32", "fp16" or "bf16".
+    `overflows_fp16`: its values leave the range of fp16, so it must be computed in another precision.
     """
 
     graph: str
@@ -62,6 +63,7 @@ class Component(Record):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parity: tuple[Parity, ...]
+    overflows_fp16: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,21 @@ class TokenizerSpec(Record):
 
 
 @dataclass(frozen=True)
+class Preview(Record):
+    """What latents look like, roughly: `colour = offset + sum over channels of latent * matrix[channel]`.
+
+    `matrix` [C][3] and `offset` [3] give red, green and blue from 0 to 1, one pixel for each latent.
+    """
+
+    matrix: tuple[tuple[float, ...], ...]
+    offset: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if any(len(row) != 3 for row in (*self.matrix, self.offset)):
+            raise ValueError("matrix [C][3] and offset [3] are not a map to three colours")
+
+
+@dataclass(frozen=True)
 class FileEntry(Record):
     """Size in bytes and lower-case hexadecimal sha256 of one file."""
 
@@ -127,10 +144,13 @@ class FileEntry(Record):
 class Manifest(Record):
     """The whole contract between export, build and run.
 
-    `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder.
-    `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the number of earlier
-    predictions that the denoiser takes. `versions` says what wrote the bundle. `files` lists every file but
-    bundle.json, by its path with `/`; a `BundleWriter` fills it in.
+    `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder, and in
+    larger models text_encoder_2. `precision` is the denoiser's; each component has its own.
+    `tokenizers` belong to the text encoders, under the same names. `zero_negative`: no negative prompt means
+    a condition of zeros, not that of an empty text. `scheduler` is diffusers' scheduler_config.json as it is.
+    `history` is S, the number of earlier predictions that the denoiser takes. `preview` is None where nothing
+    linear fits. `versions` says what wrote the bundle. `files` lists every file but bundle.json, by its path
+    with `/`; a `BundleWriter` fills it in.
     """
 
     schema: int
@@ -138,15 +158,19 @@ class Manifest(Record):
     family: str
     precision: str
     components: Mapping[str, Component]
-    tokenizer: TokenizerSpec
+    tokenizers: Mapping[str, TokenizerSpec]
+    zero_negative: bool
     scheduler: Mapping[str, Any]
     latent: Latent
+    preview: Preview | None
     defaults: Defaults
     history: int
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len({tokenizer.length for tokenizer in self.tokenizers.values()}) != 1:
+            raise ValueError("there should be tokenizers, all of one length")
         if self.history < 0:
             raise ValueError(f"history is {self.history}: it cannot be negative")
         for path in (*self.files, *self.required()):
@@ -154,17 +178,25 @@ class Manifest(Record):
 
     @classmethod
     def from_json(cls, value: object, path: str = "") -> Self:
-        """As `Record.from_json`; a newer schema is refused before its fields are looked at."""
+        """As `Record.from_json`; another schema is refused before its fields are looked at."""
         schema = value.get("schema") if isinstance(value, dict) else None
         if type(schema) is int and schema > SCHEMA:
             raise BundleError(f"written by a newer allaprima, schema {schema} > {SCHEMA}: upgrade allaprima")
-        if type(schema) is int and schema < 1:
-            raise BundleError(f"field 'schema' is {schema}: the first schema was 1")
+        if type(schema) is int and schema < SCHEMA:
+            raise BundleError(
+                f"written by an older allaprima, schema {schema} < {SCHEMA}: export the checkpoint again"
+            )
         return super().from_json(value, path)
 
+    @property
+    def length(self) -> int:
+        """L, the number of tokens of one prompt."""
+        return next(iter(self.tokenizers.values())).length
+
     def required(self) -> tuple[str, ...]:
-        """The files that the manifest itself refers to: the graphs and the tokenizer."""
-        return (*(component.graph for component in self.components.values()), self.tokenizer.file)
+        """The files that the manifest itself refers to: the graphs and the tokenizers."""
+        graphs = (component.graph for component in self.components.values())
+        return (*graphs, *(tokenizer.file for tokenizer in self.tokenizers.values()))
 
 
 def check_relative(path: str) -> str:

@@ -16,8 +16,8 @@ class Record:
     """A frozen dataclass that is also a JSON object.
 
     Fields may be `str`, `int`, `float`, `bool`, `Any`, another `Record`, `tuple[X, ...]`, `Mapping[str, X]`
-    or a union of these. Every field must be present in the JSON, even one with a default: a default is a
-    convenience for Python code, never a guess about a file.
+    or a union of these, of which at most one, the first, is a JSON object. Every field must be present in the
+    JSON, even one with a default: a default is a convenience for Python code, never a guess about a file.
     """
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _decode(kind: Any, value: object, path: str) -> Any:
         items = _expect(value, list, "an array", path)
         return tuple(_decode(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(items))
     if origin in (types.UnionType, Union):
-        # The members are scalars, so the first that fits is the only one that fits.
+        # At most one member is a record, and the first; of scalars the first that fits is the only one.
         member = next((member for member in arguments if type(value) is member), arguments[0])
         return _decode(member, value, path)
     if issubclass(kind, Record):

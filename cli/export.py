@@ -25,7 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prediction",
         choices=("epsilon", "v_prediction"),
-        help="of a single file: what the model predicts (default: epsilon for 1.x, v_prediction for 2.x)",
+        help="of a single file: what the model predicts (default: what the file tells, or v_prediction for "
+        "2.x and epsilon for others)",
     )
     parser.add_argument(
         "--allow-pickle", action="store_true", help="open a .ckpt, if you trust where it comes from"

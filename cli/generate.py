@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _add_painting(parser: argparse.ArgumentParser) -> None:
     """What and how to paint."""
-    parser.add_argument("--negative-prompt", metavar="TEXT", default="", help="what to stay away from")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to stay away from")
     parser.add_argument("--steps", metavar="N", type=int, help="denoising steps")
     parser.add_argument(
         "--guidance", metavar="SCALE", type=float, help="how strictly to follow the prompt; 1 is off"

@@ -85,7 +85,7 @@ def _plan(
     if "H" not in axes:
         return (Profile({"B": (1, 2 * batch[0], 2 * batch[1])}),)
     lanes = _split(batch) if "G" in axes else [(1, 1, 1)]
-    latent, length = manifest.latent, manifest.tokenizer.length
+    latent, length = manifest.latent, manifest.length
     profiles = []
     for width, height in sizes:
         h, w = height // latent.downscale, width // latent.downscale

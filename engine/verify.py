@@ -32,12 +32,12 @@ def measure_error(
     """
     component, latent = bundle.component(name), bundle.manifest.latent
     side = latent.multiple // latent.downscale
-    tokenizer = bundle.manifest.tokenizer
-    extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side, "L": tokenizer.length}
+    extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side, "L": bundle.manifest.length}
     if profile is not None:
         extents |= {axis: best for axis, (_, best, _) in profile.extents.items()}
     # The special tokens are the last of CLIP's vocabulary, so all ids up to them have an embedding.
-    inputs = draw_inputs(component, extents, 1 + max(tokenizer.bos, tokenizer.eos, tokenizer.pad))
+    specials = [1 + max(each.bos, each.eos, each.pad) for each in bundle.manifest.tokenizers.values()]
+    inputs = draw_inputs(component, extents, min(specials))
     precision = engine.precision
     wanted = _run(reference, component, inputs, extents)
     outputs = _run(engine, component, inputs, extents)
@@ -67,6 +67,8 @@ def _draw(
         return random.integers(0, vocabulary, shape)
     if spec.name == "timestep":
         return random.uniform(0, 999, shape).astype(np.float32)
+    if spec.name == "time_ids":
+        return random.integers(0, 1024, shape).astype(np.float32)
     if spec.name == "bounds":
         return np.full(shape, 3e38, np.float32)
     return random.standard_normal(shape).astype(spec.dtype)

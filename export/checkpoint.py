@@ -14,12 +14,15 @@ import torch
 
 from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest
 from allaprima.export import parity, safety
+from allaprima.export.configuration import write_tokenizer
+from allaprima.export.family import HISTORY, Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
-from allaprima.export.stable_diffusion import HISTORY, Family, read_family, write_tokenizer
+from allaprima.export.stable_diffusion import read_family
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def export_checkpoint(
     single: SingleFile | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
-    """Export a Stable Diffusion 1.x/2.x checkpoint to a bundle.
+    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL to a bundle.
 
     Args:
         source: a diffusers folder, a hub id, or a single file in the original layout.
@@ -59,41 +62,47 @@ def export_checkpoint(
     """
     if precision not in DTYPES:
         raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
-    with opened(source, single or SingleFile()) as checkpoint:
+    with (
+        BundleWriter(target, overwrite=overwrite) as writer,
+        opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
+    ):
         family = read_family(checkpoint)
-        return _export(family, target, precision, name, overwrite, progress)
+        return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
 def _export(
     family: Family,
-    target: Path,
+    writer: BundleWriter,
+    name: str,
     precision: str,
-    name: str | None,
-    overwrite: bool,
     progress: Callable[[Progress], None] | None,
 ) -> Bundle:
     plans = family.plans(DTYPES[precision])
     stages = _Stages(progress, 3 * len(plans) + 1)
-    with BundleWriter(target, overwrite=overwrite) as writer:
-        write_tokenizer(family.checkpoint, writer.folder / family.tokenizer.file)
-        if safety.PART in plans:
-            safety.write_settings(family.checkpoint, writer.folder / safety.PART / "settings.json")
-        components = {
-            part: _export_component(make, part, precision, family, writer.folder, stages)
-            for part, make in plans.items()
-        }
-        stages.enter("seal")
-        return writer.commit(_manifest(family, name or Path(target).resolve().name, precision, components))
+    for text in family.texts.values():
+        write_tokenizer(family.checkpoint, text.tokenizer_part, writer.folder / text.tokenizer.file)
+    if safety.PART in plans:
+        safety.write_settings(family.checkpoint, writer.folder / safety.PART / "settings.json")
+    components = {
+        part: _export_component(make, part, precision, family, writer.folder, stages)
+        for part, make in plans.items()
+    }
+    stages.enter("seal")
+    return writer.commit(_manifest(family, name, precision, components))
 
 
 @contextmanager
-def opened(source: str, single: SingleFile) -> Iterator[Checkpoint]:
-    """The checkpoint at `source`; a single file is unpacked into a folder that goes when the context ends."""
+def opened(source: str, single: SingleFile, place: Path | None = None) -> Iterator[Checkpoint]:
+    """The checkpoint at `source`; a single file is unpacked into a folder that goes when the context ends.
+
+    That folder, as large as the file, is made in `place`; None is the system's folder for temporary files,
+    which may lie in memory.
+    """
     file = Path(source).expanduser()
     if not file.is_file():
         yield open_checkpoint(source)
         return
-    with tempfile.TemporaryDirectory(prefix="allaprima-") as folder:
+    with tempfile.TemporaryDirectory(prefix=".allaprima-", suffix=".unpacked", dir=place) as folder:
         unpack(file, Path(folder), single)
         yield open_checkpoint(folder)
 
@@ -114,6 +123,7 @@ def _export_component(
     make: Callable[[], GraphPlan], part: str, precision: str, family: Family, folder: Path, stages: _Stages
 ) -> Component:
     stages.enter(f"{part}: load")
+    precision = _NAMES[family.dtype(part, DTYPES[precision])]
     plan = make()
     stages.enter(f"{part}: trace")
     graph = f"{part}/model.onnx"
@@ -122,16 +132,15 @@ def _export_component(
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))
     errors = parity.check(part, folder / graph, precision, trials)
-    return Component(graph, precision, plan.inputs, plan.outputs, errors)
+    return Component(graph, precision, plan.inputs, plan.outputs, errors, family.overflows(part))
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:
     """Two shapes other than the traced one: without guidance and wide, with guidance, tall and long."""
     side = family.latent.multiple // family.latent.downscale
-    length = family.tokenizer.length
     return [
-        {"B": 1, "G": 1, "H": 2 * side, "W": 3 * side, "L": length},
-        {"B": 2, "G": 2, "H": 4 * side, "W": side, "L": 3 * length},
+        {"B": 1, "G": 1, "H": 2 * side, "W": 3 * side, "L": family.length},
+        {"B": 2, "G": 2, "H": 4 * side, "W": side, "L": 3 * family.length},
     ]
 
 
@@ -143,9 +152,11 @@ def _manifest(family: Family, name: str, precision: str, components: Mapping[str
         family="stable-diffusion",
         precision=precision,
         components=components,
-        tokenizer=family.tokenizer,
+        tokenizers=family.tokenizers,
+        zero_negative=family.zero_negative,
         scheduler=family.scheduler,
         latent=family.latent,
+        preview=None,
         defaults=family.defaults,
         history=HISTORY,
         versions={

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+CHANNELS = ("mask", "masked_image_latents")
+"""Conditions that are further channels of the sample, in this order."""
+ADDED = ("text_embeds", "time_ids")
+"""Conditions that are embedded with the timestep."""
 
 
 class Denoiser(torch.nn.Module):
     """A UNet wrapped into one step of any linear sampler (see `allaprima.runtime.samplers.Table`).
 
     The UNet runs in its own precision, everything around it in float32. B samples, G guidance branches,
-    S history slots, C channels, H × W latent size, L text tokens of width D.
+    S history slots, C channels, H × W latent size, L text tokens of width D. `conditions` names what it takes
+    beyond the first text encoder's states, in the order of the graph's inputs, with diffusers' names:
+
+    - encoder_hidden_states_2 [G*B,L,D2]: states of a second text encoder, set beside those of the first
+    - text_embeds [G*B,D3]: a text's pooled vector
+    - time_ids [G*B,N]: sizes and crops as numbers, of which sinusoids are made in float32
+    - timestep_cond [G*B,D4]: an embedding of the guidance scale, for models that were distilled with it
+    - mask [B,1,H,W], masked_image_latents [B,C,H,W]: for models of inpainting
     """
 
-    def __init__(self, unet: torch.nn.Module) -> None:
+    def __init__(self, unet: torch.nn.Module, conditions: Sequence[str] = ()) -> None:
         super().__init__()
         self.unet = unet
+        self.conditions = tuple(conditions)
 
     def forward(
         self,
@@ -30,6 +45,7 @@ class Denoiser(torch.nn.Module):
         update: Tensor,
         encoder_hidden_states: Tensor,
         guidance_rescale: Tensor,
+        *conditions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Take one step.
 
@@ -47,19 +63,15 @@ class Denoiser(torch.nn.Module):
             encoder_hidden_states: conditions, branch-major, [G*B,L,D].
             guidance_rescale: share phi of the guided output that is rescaled to the standard deviation of the
                 last branch's, [B]; up to 0 leaves it alone.
+            conditions: those that were named.
 
         Returns:
             next_sample [B,C,H,W] and next_history [S,B,C,H,W], the new prediction in front.
         """
-        branches = guidance.shape[0]
+        named = dict(zip(self.conditions, conditions, strict=True))
         scaled = sample * _per_sample(input_scale)
-        output = self.unet(
-            scaled.unsqueeze(0).expand(branches, -1, -1, -1, -1).flatten(0, 1).to(self.precision),
-            timestep.unsqueeze(0).expand(branches, -1).flatten(),
-            encoder_hidden_states.to(self.precision),
-            return_dict=False,
-        )[0].float()
-        outputs = output.unflatten(0, guidance.shape)
+        widened = torch.cat([scaled, *(named[name] for name in CHANNELS if name in named)], dim=1)
+        outputs = self._predict(widened, timestep, guidance, encoder_hidden_states, named)
         guided = _rescale((outputs * _per_sample(guidance)).sum(0), outputs[-1], guidance_rescale)
         prediction = _per_sample(to_prediction[:, 0]) * sample + _per_sample(to_prediction[:, 1]) * guided
         limit = _per_sample(bounds)
@@ -71,6 +83,28 @@ class Denoiser(torch.nn.Module):
             + (_per_sample(update[:, 3:].transpose(0, 1)) * history).sum(0)
         )
         return next_sample, torch.cat([prediction.unsqueeze(0), history[:-1]])
+
+    def _predict(
+        self, sample: Tensor, timestep: Tensor, guidance: Tensor, states: Tensor, named: dict[str, Tensor]
+    ) -> Tensor:
+        """The UNet's output for every branch, float32 [G,B,C,H,W]."""
+        branches, kind = guidance.shape[0], self.precision
+        # In float32, as the sinusoids of the sizes are: torch sets values of different types side by side, a
+        # graph must not.
+        added = {name: named[name] for name in ADDED if name in named}
+        if "encoder_hidden_states_2" in named:
+            states = torch.cat([states, named["encoder_hidden_states_2"]], dim=-1)
+        scale = named.get("timestep_cond")
+        output = self.unet(
+            sample.unsqueeze(0).expand(branches, -1, -1, -1, -1).flatten(0, 1).to(kind),
+            timestep.unsqueeze(0).expand(branches, -1).flatten(),
+            states.to(kind),
+            timestep_cond=None if scale is None else scale.to(kind),
+            added_cond_kwargs=added or None,
+            return_dict=False,
+        )[0].float()
+        made: Tensor = output.unflatten(0, guidance.shape)
+        return made
 
     @property
     def precision(self) -> torch.dtype:

@@ -11,23 +11,27 @@ from torch import Tensor
 class TextEncoder(torch.nn.Module):
     """CLIP's text transformer: input_ids int64 [B,L] to last_hidden_state float32 [B,L,D].
 
-    `layer_weights` float32 [B,N+1] says which hidden states that is before the final layer norm: the sum of
-    the embeddings' (the first weight) and of those after each of the N layers. The last one alone is the
-    model as it is, the one before is a clip skip of 1.
+    `layer_weights` float32 [B,S] says which hidden states that is: the sum of the embeddings' (the first
+    weight) and of those after each layer. The last one alone is what the model was trained with, the one
+    before is a clip skip of 1. Usually these are all N layers, S = N + 1, and the final layer norm follows;
+    `penultimate` leaves out both that and the last layer, S = N, as SDXL takes them. `pooled` adds
+    text_embeds float32 [B,D'], the projection of the text's end after all layers.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, *, penultimate: bool = False, pooled: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.penultimate, self.pooled = model, penultimate, pooled
 
-    def forward(self, input_ids: Tensor, layer_weights: Tensor) -> Tensor:
-        """States after the final layer norm. No attention mask: Stable Diffusion attends to padding too."""
-        hidden = self.model(input_ids, output_hidden_states=True).hidden_states
+    def forward(self, input_ids: Tensor, layer_weights: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """No attention mask: Stable Diffusion attends to padding too."""
+        made = self.model(input_ids, output_hidden_states=True)
+        hidden = made.hidden_states[:-1] if self.penultimate else made.hidden_states
         stacked = torch.stack(hidden, dim=1).float()
-        chosen = (stacked * layer_weights[:, :, None, None]).sum(1)
-        tower: Any = getattr(self.model, "text_model", self.model)  # its place before transformers 5.6
-        states: Tensor = tower.final_layer_norm(chosen.to(tower.final_layer_norm.weight.dtype))
-        return states.float()
+        states = (stacked * layer_weights[:, :, None, None]).sum(1)
+        if not self.penultimate:
+            tower: Any = getattr(self.model, "text_model", self.model)  # its place before transformers 5.6
+            states = tower.final_layer_norm(states.to(tower.final_layer_norm.weight.dtype)).float()
+        return (states, made.text_embeds.float()) if self.pooled else states
 
 
 class ImageDecoder(torch.nn.Module):

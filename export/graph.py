@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import warnings
@@ -71,7 +72,7 @@ def _trace(plan: GraphPlan) -> onnx_ir.Model:
                 tuple(plan.example.values()),
                 input_names=list(plan.example),
                 output_names=[output.name for output in plan.outputs],
-                dynamic_shapes=tuple(plan.axes.get(name) for name in plan.example),
+                dynamic_shapes=_dynamic_shapes(plan),
                 opset_version=OPSET,
                 dynamo=True,
                 optimize=False,
@@ -84,6 +85,15 @@ def _trace(plan: GraphPlan) -> onnx_ir.Model:
             return program.model
     except Exception as cause:
         raise ExportError(f"{plan.name} does not trace to ONNX: {reason(cause)}") from cause
+
+
+def _dynamic_shapes(plan: GraphPlan) -> tuple[Any, ...]:
+    """The dynamic axes of each argument of the module's forward, those of `*arguments` as one tuple."""
+    axes = [plan.axes.get(name) for name in plan.example]
+    kinds = [each.kind for each in inspect.signature(plan.module.forward).parameters.values()]
+    gathered = inspect.Parameter.VAR_POSITIONAL
+    single = kinds.index(gathered) if gathered in kinds else len(axes)
+    return (*axes[:single], tuple(axes[single:])) if axes[single:] else tuple(axes)
 
 
 @contextlib.contextmanager

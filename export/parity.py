@@ -107,6 +107,8 @@ def _draw(
         return random.integers(0, _vocabulary(plan.module), shape)
     if spec.name == "timestep":
         return random.uniform(0, 999, shape).astype(np.float32)
+    if spec.name == "time_ids":
+        return random.integers(0, 1024, shape).astype(np.float32)
     if spec.name == "image":
         return random.uniform(-1, 1, shape).astype(np.float32)
     if spec.name == "bounds":

@@ -18,7 +18,10 @@ from allaprima.export.reason import reason
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"
-_PARTS = (*("feature_extractor", "safety_checker", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),)
+_PARTS = (
+    *("feature_extractor", "safety_checker", "scheduler", "text_encoder", "text_encoder_2", "tokenizer"),
+    *("tokenizer_2", "unet", "vae"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Checkpoint:
     def pipeline(self) -> str:
         """The pipeline class that the checkpoint names."""
         return str(self.index["_class_name"])
+
+    def has(self, part: str) -> bool:
+        """Whether the index names a class for a part: [null, null] is none."""
+        entry = self.index.get(part)
+        return isinstance(entry, list) and entry != [None, None]
 
     def kind(self, part: str) -> str:
         """The class that the index names for a part; ExportError if it names none."""
@@ -120,6 +128,7 @@ def _model_class(part: str, name: str) -> Any:
 
     known = {
         ("text_encoder", "CLIPTextModel"): transformers.CLIPTextModel,
+        ("text_encoder_2", "CLIPTextModelWithProjection"): transformers.CLIPTextModelWithProjection,
         ("unet", "UNet2DConditionModel"): diffusers.UNet2DConditionModel,
         ("vae", "AutoencoderKL"): diffusers.AutoencoderKL,
         ("safety_checker", "StableDiffusionSafetyChecker"): StableDiffusionSafetyChecker,

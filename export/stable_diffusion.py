@@ -1,133 +1,22 @@
-"""The Stable Diffusion 1.x/2.x family: which graphs it has and what a bundle needs to know of it."""
+"""Stable Diffusion 1.x, 2.x and XL, fine-tuned or distilled: what a checkpoint of them is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from allaprima.bundle import Defaults, ExportError, Latent, TensorSpec, TokenizerSpec
-from allaprima.export import safety
-from allaprima.export.denoiser import Denoiser
-from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
-from allaprima.export.graph import GraphPlan
-from allaprima.export.reason import reason
+from allaprima.bundle import ExportError, Latent
+from allaprima.export.configuration import levels, read_defaults, read_scheduler, read_tokenizer, whole
+from allaprima.export.family import Family, Shape, TextModel
 from allaprima.export.source import Checkpoint
 
-HISTORY = 4
-"""S: what the longest multistep samplers (PLMS, LMS of order 4) look back on."""
-MODELS = ("unet", "vae", "text_encoder")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A checkpoint's facts, read from its configuration files before any weights are loaded."""
-
-    checkpoint: Checkpoint
-    latent: Latent
-    tokenizer: TokenizerSpec
-    scheduler: Mapping[str, Any]
-    defaults: Defaults
-    text_width: int
-    text_layers: int
-
-    def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
-        """One late plan per component, so that only one component's weights are in memory at a time."""
-        plans = {
-            "text_encoder": lambda: self._text_encoder(dtype),
-            "denoiser": lambda: self._denoiser(dtype),
-            "vae_decoder": lambda: self._vae_decoder(dtype),
-            "vae_encoder": lambda: self._vae_encoder(dtype),
-        }
-        if safety.has_safety_checker(self.checkpoint):
-            plans[safety.PART] = lambda: safety.plan(self.checkpoint, dtype)
-        return plans
-
-    def _text_encoder(self, dtype: torch.dtype) -> GraphPlan:
-        length, states = self.tokenizer.length, self.text_layers + 1
-        return GraphPlan(
-            name="text_encoder",
-            module=TextEncoder(self.checkpoint.load("text_encoder", dtype)),
-            example={
-                "input_ids": torch.full((2, length), self.tokenizer.eos, dtype=torch.int64),
-                "layer_weights": torch.randn(2, states),
-            },
-            axes={"input_ids": {0: "B"}, "layer_weights": {0: "B"}},
-            inputs=(
-                TensorSpec("input_ids", "int64", ("B", length)),
-                TensorSpec("layer_weights", "float32", ("B", states)),
-            ),
-            outputs=(TensorSpec("last_hidden_state", "float32", ("B", length, self.text_width)),),
-        )
-
-    def _denoiser(self, dtype: torch.dtype) -> GraphPlan:
-        channels, factor = self.latent.channels, self.latent.multiple // self.latent.downscale
-        width = self.text_width
-        image = ("B", channels, "H", "W")
-        shapes: dict[str, tuple[int | str, ...]] = {
-            "sample": image,
-            "history": (HISTORY, *image),
-            "noise": image,
-            "timestep": ("B",),
-            "input_scale": ("B",),
-            "guidance": ("G", "B"),
-            "to_prediction": ("B", 2),
-            "bounds": ("B",),
-            "update": ("B", 3 + HISTORY),
-            "encoder_hidden_states": ("G*B", "L", width),
-            "guidance_rescale": ("B",),
-        }
-        specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
-        # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.
-        sizes = {"B": 3, "G": 2, "G*B": 6, "H": 5 * factor, "W": 7 * factor}
-        sizes["L"] = 2 * self.tokenizer.length  # a prompt is one chunk or more, one after the other
-        dims: dict[str, Any] = {"B": "B", "G": "G", "G*B": "GB", "L": "L"}
-        dims |= {axis: factor * torch.export.Dim(axis.lower(), min=1, max=4096) for axis in ("H", "W")}
-        return GraphPlan(
-            name="denoiser",
-            module=Denoiser(self.checkpoint.load("unet", dtype)),
-            example={spec.name: torch.randn(spec.resolve(sizes)) for spec in specs},
-            axes={
-                spec.name: {k: dims[axis] for k, axis in enumerate(spec.shape) if isinstance(axis, str)}
-                for spec in specs
-            },
-            inputs=specs,
-            outputs=(
-                TensorSpec("next_sample", "float32", image),
-                TensorSpec("next_history", "float32", (HISTORY, *image)),
-            ),
-        )
-
-    def _vae_decoder(self, dtype: torch.dtype) -> GraphPlan:
-        vae = self.checkpoint.load("vae", dtype)
-        config: Any = vae.config
-        scale = self.latent.downscale
-        return GraphPlan(
-            name="vae_decoder",
-            module=ImageDecoder(vae, float(config.scaling_factor)),
-            example={"sample": torch.randn(2, self.latent.channels, 6, 10)},
-            axes={"sample": {0: "B", 2: "H", 3: "W"}},
-            inputs=(TensorSpec("sample", "float32", ("B", self.latent.channels, "H", "W")),),
-            outputs=(TensorSpec("image", "uint8", ("B", f"{scale}*H", f"{scale}*W", 3)),),
-        )
-
-    def _vae_encoder(self, dtype: torch.dtype) -> GraphPlan:
-        scale = self.latent.downscale
-        height, width = (scale * torch.export.Dim(axis, min=1, max=4096) for axis in ("h", "w"))
-        vae, latents = self.checkpoint.load("vae", dtype), ("B", self.latent.channels, "H", "W")
-        config: Any = vae.config
-        return GraphPlan(
-            name="vae_encoder",
-            module=ImageEncoder(vae, float(config.scaling_factor)),
-            example={"image": torch.rand(2, 3, 6 * scale, 10 * scale) * 2 - 1},
-            axes={"image": {0: "B", 2: height, 3: width}},
-            inputs=(TensorSpec("image", "float32", ("B", 3, f"{scale}*H", f"{scale}*W")),),
-            outputs=tuple(TensorSpec(name, "float32", latents) for name in ("mean", "deviation")),
-        )
+_TASKS = ("", "Img2Img", "Inpaint")
+FIRST = tuple(f"StableDiffusion{task}Pipeline" for task in _TASKS)
+LARGE = tuple(f"StableDiffusionXL{task}Pipeline" for task in _TASKS)
+CONSISTENCY = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+PIPELINES = (*FIRST, *LARGE, *CONSISTENCY)
+USUAL = {FIRST: (50, 7.5), LARGE: (50, 5.0), CONSISTENCY: (4, 8.5)}
+"""Steps and guidance scale that diffusers' pipelines take if nobody says."""
 
 
 def read_family(checkpoint: Checkpoint) -> Family:
@@ -139,124 +28,109 @@ def read_family(checkpoint: Checkpoint) -> Family:
     if checkpoint.pipeline not in PIPELINES:
         known = ", ".join(PIPELINES)
         raise ExportError(f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known}")
-    for part in MODELS:
+    large = checkpoint.pipeline in LARGE
+    texts = _read_texts(checkpoint, large=large)
+    for part in ("unet", "vae"):
         checkpoint.check(part)
-    unet, vae, text = (checkpoint.config(part) for part in MODELS)
-    channels = _whole(vae, "vae", "latent_channels")
-    text_width = _whole(text, "text_encoder", "hidden_size")
-    _check_unet(unet, channels, text_width)
-    downscale = 2 ** (_levels(vae, "vae") - 1)
-    latent = Latent(channels, downscale, downscale * 2 ** (_levels(unet, "unet") - 1))
+    unet, vae = checkpoint.config("unet"), checkpoint.config("vae")
+    channels = whole(vae, "vae", "latent_channels")
+    conditions = _read_conditions(unet, channels, texts)
+    downscale = 2 ** (levels(vae, "vae") - 1)
+    latent = Latent(channels, downscale, downscale * 2 ** (levels(unet, "unet") - 1))
+    # As the class corrects its scheduler: a first release had them otherwise.
+    forced = {"steps_offset": 1, "clip_sample": False} if checkpoint.pipeline in FIRST else {}
+    usual = next(numbers for names, numbers in USUAL.items() if checkpoint.pipeline in names)
     return Family(
         checkpoint=checkpoint,
         latent=latent,
-        tokenizer=_read_tokenizer(checkpoint, _whole(text, "text_encoder", "max_position_embeddings")),
-        scheduler=read_scheduler(checkpoint),
-        defaults=_read_defaults(checkpoint, unet, latent),
-        text_width=text_width,
-        text_layers=_whole(text, "text_encoder", "num_hidden_layers"),
+        texts=texts,
+        conditions=conditions,
+        scheduler=read_scheduler(checkpoint, forced),
+        defaults=read_defaults(checkpoint, unet, latent, *usual),
+        zero_negative=large and bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
+        wide=large and bool(vae.get("force_upcast", True)),
     )
 
 
-def _check_unet(unet: Mapping[str, Any], channels: int, text_width: int) -> None:
-    """ExportError unless the UNet goes from latents of `channels` and text of `text_width` to latents."""
-    taken, made = (_whole(unet, "unet", f"{side}_channels") for side in ("in", "out"))
-    if taken != channels:
-        raise ExportError(
-            f"the UNet takes {taken} channels, the autoencoder makes {channels}: "
-            "inpainting and other widened UNets are not supported yet"
+def _read_texts(checkpoint: Checkpoint, *, large: bool) -> dict[str, TextModel]:
+    """The text encoders by component: a refiner's only one, text_encoder_2, is the bundle's first."""
+    suffixes = [suffix for suffix in ("", "_2") if large and checkpoint.has(f"text_encoder{suffix}")] or [""]
+    texts = {}
+    for role, suffix in zip(("text_encoder", "text_encoder_2"), suffixes, strict=False):
+        part, tokenizer_part = f"text_encoder{suffix}", f"tokenizer{suffix}"
+        checkpoint.check(part)
+        config = checkpoint.config(part)
+        layers = whole(config, part, "num_hidden_layers")
+        texts[role] = TextModel(
+            part=part,
+            tokenizer_part=tokenizer_part,
+            tokenizer=read_tokenizer(
+                checkpoint, tokenizer_part, whole(config, part, "max_position_embeddings")
+            ),
+            width=whole(config, part, "hidden_size"),
+            states=layers if large else layers + 1,
+            pooled=whole(config, part, "projection_dim") if suffix else None,
+            penultimate=large,
         )
+    return texts
+
+
+def _read_conditions(
+    unet: Mapping[str, Any], channels: int, texts: Mapping[str, TextModel]
+) -> dict[str, Shape]:
+    """What the UNet takes beyond the first text encoder's states.
+
+    Raises ExportError unless it goes from latents of `channels`, and text of these encoders, to latents.
+    """
+    for field in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if unet.get(field):
+            raise ExportError(
+                f"the UNet has {field} {unet[field]!r}, a condition that Stable Diffusion does not have"
+            )
+    width, conditions = sum(text.width for text in texts.values()), dict[str, Shape]()
+    if unet.get("cross_attention_dim") != width:
+        raise ExportError(
+            f"the UNet expects text states of width {unet.get('cross_attention_dim')}, "
+            f"the text encoder makes {width}: they do not belong together"
+        )
+    if len(texts) == 2:
+        conditions["encoder_hidden_states_2"] = "G*B", "L", texts["text_encoder_2"].width
+    conditions |= _added(unet, texts)
+    if unet.get("time_cond_proj_dim"):
+        conditions["timestep_cond"] = "G*B", whole(unet, "unet", "time_cond_proj_dim")
+    taken, made = (whole(unet, "unet", f"{side}_channels") for side in ("in", "out"))
     if made != channels:
         raise ExportError(
             f"the UNet makes {made} channels of {channels}: learned variances are not supported yet"
         )
-    if unet.get("time_cond_proj_dim") or unet.get("class_embed_type") or unet.get("addition_embed_type"):
-        raise ExportError("the UNet takes conditions beyond the prompt: such models are not supported yet")
-    if unet.get("cross_attention_dim") != text_width:
+    if taken == 2 * channels + 1:
+        conditions["mask"] = "B", 1, "H", "W"
+        conditions["masked_image_latents"] = "B", channels, "H", "W"
+    elif taken != channels:
         raise ExportError(
-            f"the UNet expects text states of width {unet.get('cross_attention_dim')}, "
-            f"the text encoder makes {text_width}: they do not belong together"
+            f"the UNet takes {taken} channels and the autoencoder makes {channels}: known are UNets of "
+            f"{channels}, and of {2 * channels + 1} for inpainting"
         )
+    return conditions
 
 
-def _whole(config: Mapping[str, Any], part: str, field: str) -> int:
-    value = config.get(field)
-    if type(value) is not int or value < 1:
-        raise ExportError(f"{field} in the config.json of {part} should be a positive number, not {value!r}")
-    return value
-
-
-def _levels(config: Mapping[str, Any], part: str) -> int:
-    value = config.get("block_out_channels")
-    if not (isinstance(value, list) and value):
-        raise ExportError(f"block_out_channels in the config.json of {part} should be a list, not {value!r}")
-    return len(value)
-
-
-def read_scheduler(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The scheduler's full configuration as StableDiffusionPipeline corrects it: offset 1, no clipping."""
-    import diffusers
-
-    name = checkpoint.kind("scheduler")
-    kind: Any = getattr(diffusers, name, None)
-    known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
-    if not known:
-        raise ExportError(f"the checkpoint's scheduler is of class {name}, which diffusers does not have")
-    given = checkpoint.config("scheduler", "scheduler_config.json")
-    try:
-        config = dict(kind.from_config(given).config)
-    except Exception as cause:
-        raise ExportError(f"the scheduler's configuration is not usable: {reason(cause)}") from cause
-    # Named even where the class has no such field, since another sampler may be made from this configuration.
-    forced = {"steps_offset": 1, "clip_sample": False}
-    defaulted = [field for field in config.get("_use_default_values", []) if field not in forced]
-    return {"_class_name": name, **config, **forced, "_use_default_values": defaulted}
-
-
-def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the tokenizer as one file of the `tokenizers` library; ExportError if the disk refuses."""
-    tokenizer = _load_tokenizer(checkpoint).backend_tokenizer
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(path))
-    except Exception as cause:  # the library has no error class of its own
-        raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    from transformers import CLIPTokenizer
-
-    try:
-        return CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
-    except Exception as cause:
+def _added(unet: Mapping[str, Any], texts: Mapping[str, TextModel]) -> dict[str, Shape]:
+    """The pooled text and the sizes of SDXL; empty for others."""
+    kind, pooled = unet.get("addition_embed_type"), [text.pooled for text in texts.values() if text.pooled]
+    if not kind and not pooled:
+        return {}
+    if kind != "text_time" or len(pooled) != 1:
         raise ExportError(
-            f"the tokenizer in '{checkpoint.folder}' cannot be loaded: {reason(cause)}"
-        ) from cause
-
-
-def _read_tokenizer(checkpoint: Checkpoint, length: int) -> TokenizerSpec:
-    tokenizer = _load_tokenizer(checkpoint)
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if None in ids:
-        raise ExportError("the tokenizer lacks a beginning, an end or a padding token")
-    return TokenizerSpec("tokenizer/tokenizer.json", min(length, tokenizer.model_max_length), *ids)
-
-
-def _read_defaults(checkpoint: Checkpoint, unet: Mapping[str, Any], latent: Latent) -> Defaults:
-    """The trained size; steps and guidance from generation_config.json or the pipeline's."""
-    size = unet.get("sample_size") or 64
-    chosen: Mapping[str, Any] = {}
-    if (checkpoint.folder / "generation_config.json").is_file():
-        chosen = checkpoint.config(".", "generation_config.json")
-    try:
-        height, width = size if isinstance(size, list) else (size, size)
-        return Defaults(
-            height=int(height) * latent.downscale,
-            width=int(width) * latent.downscale,
-            num_inference_steps=int(chosen.get("num_inference_steps", 50)),
-            guidance_scale=float(chosen.get("guidance_scale", 7.5)),
+            f"the UNet has addition_embed_type {kind!r}, and {len(pooled)} text encoders a pooled vector: "
+            "known is 'text_time' with one"
         )
-    except (TypeError, ValueError) as cause:
+    numbers, rest = divmod(
+        whole(unet, "unet", "projection_class_embeddings_input_dim") - pooled[0],
+        whole(unet, "unet", "addition_time_embed_dim"),
+    )
+    if rest or numbers not in (5, 6):
         raise ExportError(
-            f"the checkpoint's defaults (generation_config.json) are not usable: {reason(cause)}"
-        ) from cause
+            "projection_class_embeddings_input_dim of the UNet does not leave room for the pooled text of "
+            f"{pooled[0]} and 5 or 6 sizes"
+        )
+    return {"text_embeds": ("G*B", pooled[0]), "time_ids": ("G*B", numbers)}

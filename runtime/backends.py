@@ -190,12 +190,13 @@ def open_session(
 
     Raises BackendError.
     """
+    name = choose(backend)
     precision = _known_precision(precision)
+    if component.overflows_fp16:
+        precision = engine_precision(component, name, precision)
     if threads is not None and threads < 1:
         raise BackendError(f"threads is {threads}: give at least 1, or leave it out")
-    return _driver(choose(backend)).open_session(
-        graph, component, precision=precision, threads=threads, engines=engines
-    )
+    return _driver(name).open_session(graph, component, precision=precision, threads=threads, engines=engines)
 
 
 def compile_engine(
@@ -218,10 +219,14 @@ def compile_engine(
 
 
 def engine_precision(component: Component, backend: str, precision: str | None) -> str:
-    """What a component computes in with a backend that works here; None leaves it to the backend."""
-    chosen = _known_precision(precision)
+    """What a component computes in with a backend that works here; None leaves it to the backend.
+
+    One whose values leave the range of fp16 keeps its own precision where fp16 is asked for.
+    """
     info = _probe(backend)
-    return chosen or (info.precisions[0] if info.converts else component.precision)
+    usual = info.precisions[0] if info.converts else component.precision
+    chosen = _known_precision(precision) or usual
+    return component.precision if chosen == "fp16" and component.overflows_fp16 else chosen
 
 
 def key_of(

@@ -50,11 +50,10 @@ def make_chunks(tokenizer: Tokenizer, prompt: str, *, long: bool = False, weight
     return _cut(tokenizer, spans)
 
 
-def pad_chunks(tokenizer: Tokenizer, prompts: Sequence[Chunks]) -> tuple[tuple[Chunk, ...], ...]:
-    """The chunks of every prompt, made as many as the longest has with empty ones."""
-    most = max(len(prompt.chunks) for prompt in prompts)
+def pad_chunks(tokenizer: Tokenizer, prompts: Sequence[Chunks], count: int) -> tuple[tuple[Chunk, ...], ...]:
+    """The chunks of every prompt, made `count` with empty ones."""
     empty = _pack(tokenizer, [])
-    return tuple(prompt.chunks + (empty,) * (most - len(prompt.chunks)) for prompt in prompts)
+    return tuple(prompt.chunks + (empty,) * (count - len(prompt.chunks)) for prompt in prompts)
 
 
 def apply_weights(states: NDArray[np.float32], weights: NDArray[np.float32]) -> None:

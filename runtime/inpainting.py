@@ -34,9 +34,17 @@ def latent_mask(mask: Image.Image, height: int, width: int, downscale: int) -> F
     Resized to `height` x `width` pixels and cut at half, of which each latent takes its first pixel, as
     diffusers does it.
     """
+    return _cut(mask, height, width)[::downscale, ::downscale].astype(np.float32)
+
+
+def without(image: Floats, mask: Image.Image) -> Floats:
+    """A picture [1,3,height,width] in [-1,1], gray where the mask is white."""
+    return np.where(_cut(mask, *image.shape[2:]), np.float32(0), image)
+
+
+def _cut(mask: Image.Image, height: int, width: int) -> NDArray[np.bool_]:
     resized = mask.resize((width, height), Image.Resampling.LANCZOS)
-    cut = np.asarray(resized, np.float32) / 255 >= 0.5
-    return cut[::downscale, ::downscale].astype(np.float32)
+    return np.asarray(resized, np.float32) / 255 >= 0.5
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from allaprima.bundle import RequestError
+from allaprima.bundle import Latent, RequestError
 
 Source = Image.Image | NDArray[np.uint8] | bytes | str | Path
 """A Pillow image, an array [height,width,3] of 8 bits, a file's contents, or its path."""
@@ -38,6 +38,27 @@ def read_picture(source: Source, name: str = "image") -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:
         told = cause.strerror if isinstance(cause, OSError) else None
         raise RequestError(f"{what} cannot be read: {told or 'not a picture, or damaged'}") from cause
+
+
+def read_latents(values: NDArray[np.generic], latent: Latent) -> NDArray[np.float32]:
+    """Latents [N,C,H,W], or [C,H,W] of one picture, as they were handed in, in float32.
+
+    Raises RequestError: another shape than the model's, or values that are not finite.
+    """
+    found = values[None] if values.ndim == 3 else values
+    step = latent.multiple // latent.downscale
+    floating = np.issubdtype(values.dtype, np.floating)
+    if not floating or found.ndim != 4 or found.shape[1] != latent.channels or 0 in found.shape:
+        raise RequestError(
+            f"image is {values.dtype} {list(values.shape)}: it should be uint8 [height, width, 3], "
+            f"or latents, float32 [images, {latent.channels}, height / {latent.downscale}, "
+            f"width / {latent.downscale}]"
+        )
+    if found.shape[2] % step or found.shape[3] % step:
+        raise RequestError(f"the latents {list(values.shape)} should have sides of multiples of {step}")
+    if not np.isfinite(found).all():
+        raise RequestError("the latents hold values that are not finite numbers")
+    return np.ascontiguousarray(found, np.float32)
 
 
 def _check_size(image: Image.Image, what: str) -> None:

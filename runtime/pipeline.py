@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 from PIL import Image
@@ -25,22 +25,23 @@ from allaprima.bundle import (
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
-from allaprima.runtime.inpainting import Kept, latent_mask
-from allaprima.runtime.noise import Noise, turned
-from allaprima.runtime.pictures import Source, encodable
-from allaprima.runtime.request import Request, Settings
+from allaprima.runtime.inpainting import Kept
+from allaprima.runtime.latents import Beginning
+from allaprima.runtime.noise import Noise
+from allaprima.runtime.request import Options, Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
-from allaprima.runtime.samplers import Table, make_table
+from allaprima.runtime.samplers import Table, make_table, take_part
 from allaprima.runtime.session import Session
-from allaprima.runtime.stages import Decoder, Denoiser, Encoder, Floats, TextEncoder
+from allaprima.runtime.stages import Decoder, Denoiser, Encoder, TextEncoder
 from allaprima.runtime.tokenizer import Tokenizer
 
 Callback = Callable[[Progress], None]
 
 FAMILY = "stable-diffusion"
-COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
+COMPONENTS = ("denoiser", "vae_decoder")
+"""What every picture needs, beside the text encoders."""
 ENCODER = "vae_encoder"
 
 
@@ -59,7 +60,7 @@ class Pipeline:
         backend: str,
         opens: Callable[[str], Session] | None = None,
     ) -> None:
-        """Take over opened sessions of text_encoder, denoiser and vae_decoder; `open` does it all.
+        """Take over opened sessions of text encoders, denoiser and vae_decoder; `open` does it all.
 
         `opens` opens another component when a request first needs it: the vae_encoder, for pictures that are
         handed in.
@@ -76,8 +77,9 @@ class Pipeline:
         self.precision = sessions["denoiser"].precision
         self._sessions = dict(sessions)
         self._opens = opens
-        self._tokenizer = Tokenizer(bundle)
-        self._text_encoder = TextEncoder(sessions["text_encoder"], self._tokenizer)
+        self._encoders = {
+            role: TextEncoder(sessions[role], Tokenizer(bundle, role)) for role in bundle.manifest.tokenizers
+        }
         self._safety: SafetyChecker | None = None
         self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
         self._decoder: tuple[object, Decoder] | None = None
@@ -120,8 +122,8 @@ class Pipeline:
 
         with ExitStack() as undo:
             sessions = {}
-            watched = safety_checker and SAFETY in opened.manifest.components
-            for role in (*COMPONENTS, SAFETY) if watched else COMPONENTS:
+            watched = (SAFETY,) if safety_checker and SAFETY in opened.manifest.components else ()
+            for role in (*opened.manifest.tokenizers, *COMPONENTS, *watched):
                 sessions[role] = opens(role)
                 undo.callback(sessions[role].close)
             pipeline = cls(opened, sessions, backend=name, opens=opens)
@@ -134,7 +136,8 @@ class Pipeline:
             for session in self._sessions.values():
                 session.close()
             self._sessions.clear()
-            self._text_encoder.close()
+            for encoder in self._encoders.values():
+                encoder.close()
             self._denoiser = self._decoder = self._encoder = self._safety = None
 
     def unload(self) -> None:
@@ -142,7 +145,8 @@ class Pipeline:
         with self._exclusive():
             for session in self._sessions.values():
                 session.unload()
-            self._text_encoder.close()
+            for encoder in self._encoders.values():
+                encoder.close()
             self._denoiser = self._decoder = self._encoder = self._safety = None
 
     def __enter__(self) -> Self:
@@ -154,100 +158,78 @@ class Pipeline:
         self.close()
 
     def generate(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str | None = None,
-        seed: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images: int = 1,
-        eta: float = 0.0,
-        long_prompts: bool = False,
-        prompt_weights: bool = False,
-        clip_skip: int | None = None,
-        guidance_rescale: float = 0.0,
-        image: Source | None = None,
-        strength: float | None = None,
-        variation_seed: int | None = None,
-        variation_strength: float = 0.0,
-        mask: Source | None = None,
-        callback: Callback | None = None,
+        self, prompt: str, *, callback: Callback | None = None, **options: Unpack[Options]
     ) -> Result:
-        """Paint `num_images` pictures; None takes the bundle's default, a seed of None a random one.
+        """Paint pictures; `options` are the fields of a Request, which says what each does.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again. `long_prompts`, `prompt_weights`, `clip_skip`, `guidance_rescale`, `image` with `strength`
-        for image to image, `mask` for inpainting, and variations: see Request.
+        used again.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            seed=seed,
-            height=height,
-            width=width,
-            num_images=num_images,
-            eta=eta,
-            long_prompts=long_prompts,
-            prompt_weights=prompt_weights,
-            clip_skip=clip_skip,
-            guidance_rescale=guidance_rescale,
-            image=image,
-            strength=strength,
-            variation_seed=variation_seed,
-            variation_strength=variation_strength,
-            mask=mask,
-        )
-        return self.paint(request, callback=callback)
+        return self.paint(Request(prompt, **options), callback=callback)
 
     def paint(self, request: Request, *, callback: Callback | None = None) -> Result:
         """As `generate`, for a Request."""
-        manifest = self.bundle.manifest
-        settings = request.check(manifest)
-        table = make_table(
-            manifest.scheduler,
-            settings.sampler,
-            settings.num_inference_steps,
-            history=manifest.history,
-            eta=settings.eta,
-            begin=settings.begin,
-        )
+        settings = request.check(self.bundle.manifest)
+        table = self._plan(settings)
         marks = [perf_counter()]
         with self._exclusive():
             if not self._sessions:
                 raise BackendError("the pipeline is closed: open it again")
             conditioning = plan_conditioning(
-                self._tokenizer, settings, self._text_encoder.layers, self._sessions["denoiser"]
+                self._encoders,
+                settings,
+                self._sessions["denoiser"],
+                zero_negative=self.bundle.manifest.zero_negative,
             )
             denoiser = self._prepare(settings, conditioning)
+            beginning = Beginning(
+                settings, table, self.bundle.manifest.latent, lambda: self._picture_encoder(settings)
+            )
+            kept = beginning.write(denoiser)
             self._encode(denoiser, settings, conditioning)
-            streams, kept = self._begin(denoiser, settings, table)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
-            _denoise(denoiser, table, streams, kept, callback)
+            _denoise(denoiser, table, beginning.streams, kept, callback)
             self._check_finite(denoiser)
             marks.append(perf_counter())
-            images, flagged = self._check_safety(self._decode(denoiser, settings, callback))
+            latents = denoiser.sample.copy() if settings.output_type == "latent" else None
+            images, flagged = self._check_safety(
+                self._decode(denoiser, settings, callback) if latents is None else ()
+            )
             marks.append(perf_counter())
         stages = ("encode", "denoise", "decode")
         timings = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
         timings["total"] = marks[-1] - marks[0]
-        parameters = tuple(self._describe(settings, table, index) for index in range(len(images)))
+        parameters = tuple(self._describe(settings, table, index) for index in range(settings.num_images))
         warnings = conditioning.warnings + tuple(
             f"picture {index + 1} was flagged by the model's safety checker and is blurred"
             for index, each in enumerate(flagged or ())
             if each
         )
-        return Result(images, parameters, timings, warnings, flagged)
+        return Result(images, parameters, timings, warnings, flagged, latents)
+
+    def _plan(self, settings: Settings) -> Table:
+        """The rows that the request takes of its sampler's table."""
+        manifest = self.bundle.manifest
+
+        def make(begin: int) -> Table:
+            return make_table(
+                manifest.scheduler,
+                settings.sampler,
+                settings.num_inference_steps,
+                history=manifest.history,
+                eta=settings.eta,
+                begin=begin,
+            )
+
+        start, end = settings.denoising_start, settings.denoising_end
+        if start is None and end is None:
+            return make(settings.begin)
+        trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
+        return take_part(lambda begin: make(begin + settings.begin), trained, start, end)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -264,9 +246,8 @@ class Pipeline:
         latent = manifest.latent
         height, width = settings.height // latent.downscale, settings.width // latent.downscale
         shape = (settings.num_images, latent.channels, height, width)
-        length, width = self._text_encoder.condition
-        condition = conditioning.count * length, width
-        key = (shape, settings.branches, condition)
+        length = conditioning.count * manifest.length
+        key = (shape, settings.branches, length)
         if self._denoiser is None or self._denoiser[0] != key:
             self._denoiser = None  # first, so that the old and the new buffers never exist together
             denoiser = Denoiser(
@@ -274,64 +255,30 @@ class Pipeline:
                 shape,
                 branches=settings.branches,
                 history=manifest.history,
-                condition=condition,
+                length=length,
             )
             self._denoiser = key, denoiser
         return self._denoiser[1]
 
     def _encode(self, denoiser: Denoiser, settings: Settings, conditioning: Conditioning) -> None:
-        """Write guidance weights and conditions."""
+        """Write guidance weights and what the model is told."""
         scale = settings.guidance_scale
         denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
         if denoiser.guidance_rescale is not None:
             denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
-        conditioning.write(self._text_encoder, denoiser, self._sessions["denoiser"].memory)
+        conditioning.write(self._encoders, denoiser, self._sessions["denoiser"].memory, settings)
 
-    def _begin(self, denoiser: Denoiser, settings: Settings, table: Table) -> tuple[list[Noise], Kept | None]:
-        """Put the first latents in place, one stream of noise per image; the streams go on from there.
-
-        A picture's own latents are drawn first, then the noise over them, as in diffusers. What a mask keeps
-        of the picture is returned too.
-        """
-        varied = settings.variation_seed is not None
-        streams = [Noise(settings.seed + index * (not varied)) for index in range(settings.num_images)]
-        clean, scale = 0.0, table.init_noise_sigma
-        latents, noise = np.zeros((2, *denoiser.sample.shape), np.float32)
-        if settings.picture is not None:
-            if table.levels is None:
-                raise RequestError(f"sampler {table.sampler!r} cannot begin with a picture: choose another")
-            if settings.mask is None or settings.begin:
-                clean, scale = table.levels[0]
-            mean, deviation = self._encode_picture(settings.picture, settings.height, settings.width)
-            for each, stream in zip(latents, streams, strict=True):
-                each[...] = mean + deviation * stream.normal(each.shape)
-        for index, (first, stream) in enumerate(zip(noise, streams, strict=True)):
-            first[...] = stream.normal(first.shape)
-            if settings.variation_seed is not None:
-                other = Noise(settings.variation_seed + index).normal(first.shape)
-                first[...] = turned(first, other, settings.variation_strength)
-            if settings.mask is not None:
-                stream.normal(first.shape)  # diffusers draws the latents of the masked picture too
-        denoiser.sample[...] = np.float32(clean) * latents + np.float32(scale) * noise
-        denoiser.history[...] = 0
-        denoiser.push()
-        if settings.mask is None:
-            return streams, None
-        downscale = self.bundle.manifest.latent.downscale
-        mask = latent_mask(settings.mask, settings.height, settings.width, downscale)
-        return streams, Kept(mask, latents, noise)
-
-    def _encode_picture(self, picture: Image.Image, height: int, width: int) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of a picture's latents; the graph is loaded when it is first needed."""
+    def _picture_encoder(self, settings: Settings) -> Encoder:
+        """The image encoder of the request's size; the graph is loaded when it is first needed."""
         if ENCODER not in self._sessions:
             if self._opens is None:
                 raise RequestError("this pipeline was made without a vae_encoder: it takes no picture")
             self._sessions[ENCODER] = self._opens(ENCODER)
-        key = height, width
+        key = settings.height, settings.width
         if self._encoder is None or self._encoder[0] != key:
             self._encoder = None
             self._encoder = key, Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, *key)
-        return self._encoder[1].encode(encodable(picture, height, width))
+        return self._encoder[1]
 
     def _check_finite(self, denoiser: Denoiser) -> None:
         denoiser.pull()
@@ -399,7 +346,8 @@ def _denoise(
         denoiser.step()
         if kept is not None and table.levels is not None:
             denoiser.pull()
-            kept.put_back(denoiser.sample, *(table.levels[row + 1] if row + 1 < total else (1.0, 0.0)))
+            level = table.levels[row + 1] if row + 1 < len(table.levels) else (1.0, 0.0)
+            kept.put_back(denoiser.sample, *level)
             denoiser.push()
         _tell(callback, "denoise", row + 1, total, denoiser)
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral, Real
+from typing import Literal, TypedDict, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from allaprima.bundle import Latent, Manifest, RequestError
+from allaprima.bundle import Manifest, RequestError
+from allaprima.runtime import fields
 from allaprima.runtime.inpainting import read_mask
-from allaprima.runtime.pictures import Source, fitting_size, read_picture
+from allaprima.runtime.micro_conditioning import SCORES, SIZES, MicroConditioning, read_micro_conditioning
+from allaprima.runtime.pictures import Source, fitting_size, read_latents, read_picture
+
+Latents = NDArray[np.float32]
+OutputType = Literal["pil", "latent"]
 
 STRENGTH = 0.8
 """How much of a picture is painted over if a request does not say."""
@@ -24,12 +30,12 @@ class Settings:
     """A request with everything resolved but the sampler: None is the bundle's own.
 
     `height` and `width` in pixels. Image i uses `seed + i`; if there is a variation, all use `seed`, and
-    image i `variation_seed + i`. `picture` is what to begin with, `strength` None
-    if there is none.
+    image i `variation_seed + i`. `picture` is what to begin with, or `latents` [N,C,H,W], `strength` None
+    if neither is painted over. `guidance_embedded`: the model is told the guidance scale.
     """
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     num_inference_steps: int
     guidance_scale: float
     sampler: str | None
@@ -38,15 +44,23 @@ class Settings:
     width: int
     num_images: int
     eta: float
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
     long_prompts: bool = False
     prompt_weights: bool = False
     clip_skip: int = 0
     guidance_rescale: float = 0.0
     strength: float | None = None
     picture: Image.Image | None = None
+    latents: Latents | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0
     mask: Image.Image | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    micro_conditioning: MicroConditioning | None = None
+    output_type: OutputType = "pil"
+    guidance_embedded: bool = False
 
     @property
     def begin(self) -> int:
@@ -61,28 +75,71 @@ class Settings:
     @property
     def branches(self) -> int:
         """G, the guidance branches: classifier-free guidance acts above 1 only, as in diffusers."""
-        return 2 if self.guidance_scale > 1 else 1
+        return 2 if self.guidance_scale > 1 and not self.guidance_embedded else 1
+
+
+class Options(TypedDict, total=False):
+    """The fields of a Request but the prompt, as keywords."""
+
+    negative_prompt: str | None
+    prompt_2: str | None
+    negative_prompt_2: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    sampler: str | None
+    seed: int | None
+    height: int | None
+    width: int | None
+    num_images: int
+    eta: float
+    long_prompts: bool
+    prompt_weights: bool
+    clip_skip: int | None
+    guidance_rescale: float
+    image: Source | Latents | None
+    strength: float | None
+    variation_seed: int | None
+    variation_strength: float
+    mask: Source | None
+    denoising_start: float | None
+    denoising_end: float | None
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int] | None
+    target_size: tuple[int, int] | None
+    aesthetic_score: float | None
+    negative_original_size: tuple[int, int] | None
+    negative_crops_coords_top_left: tuple[int, int] | None
+    negative_target_size: tuple[int, int] | None
+    negative_aesthetic_score: float | None
+    output_type: OutputType
 
 
 @dataclass(frozen=True)
 class Request:
     """What a user asks for; None takes the bundle's default, a seed of None a random one of 32 bits.
 
+    `negative_prompt` is what to stay away from; None is nothing, for which some models were trained with
+    zeros and others with an empty text. `prompt_2` and `negative_prompt_2` are for a second text encoder;
+    None is as for the first.
     `long_prompts` keeps what does not fit into one text encoder input, in further chunks; `prompt_weights`
     reads `(word:1.3)` and the like as weights (see `allaprima.runtime.prompts`).
     `clip_skip` leaves out the last layers of the text encoder for the prompt, as in diffusers: 1 takes the
     penultimate layer's states, None or 0 all layers. `guidance_rescale`, between 0 and 1, brings the contrast
     that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
     `image` is a picture to begin with; without `height` and `width` its own size is taken, rounded down to
-    what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8.
+    what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8. It may
+    also be latents [N,C,H,W] as another request with the `output_type` "latent" has them.
     `mask`, a picture of the same size, says where: white is painted over (with a strength of 1 if none is
     given), black stays.
     `variation_strength`, from 0 to 1, turns the first noise of `seed` towards that of `variation_seed` (None
     is random): pictures that resemble each other.
+    `denoising_end`, between 0 and 1, stops after this share of the noise schedule, and `denoising_start` goes
+    on from there with latents: a base model and its refiner. Both count the steps of the whole.
+    `original_size` to `negative_aesthetic_score`: see `MicroConditioning`.
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
@@ -95,11 +152,24 @@ class Request:
     prompt_weights: bool = False
     clip_skip: int | None = None
     guidance_rescale: float = 0.0
-    image: Source | None = None
+    image: Source | Latents | None = None
     strength: float | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0
     mask: Source | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crops_coords_top_left: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_aesthetic_score: float | None = None
+    output_type: OutputType = "pil"
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -109,49 +179,97 @@ class Request:
         Raises RequestError naming the value and what to do.
         """
         defaults = manifest.defaults
-        height, width = defaults.height, defaults.width
-        picture = None if self.image is None else read_picture(self.image)
-        if picture is not None and self.height is None and self.width is None:
-            height, width = fitting_size(picture, manifest.latent.multiple)
+        picture, latents = self._read_image(manifest)
+        height, width = self._size(manifest, picture, latents)
         steps, guidance = self.num_inference_steps, self.guidance_scale
-        count = _whole("num_images", self.num_images, 1)
+        count = fields.whole("num_images", self.num_images, 1)
+        _check_count(latents, count)
         settings = Settings(
-            prompt=_text("prompt", self.prompt),
-            negative_prompt=_text("negative_prompt", self.negative_prompt),
-            num_inference_steps=_whole(
+            **_texts(self, manifest),  # type: ignore[arg-type]
+            num_inference_steps=fields.whole(
                 "num_inference_steps", defaults.num_inference_steps if steps is None else steps, 1
             ),
-            guidance_scale=_finite(
+            guidance_scale=fields.finite(
                 "guidance_scale", defaults.guidance_scale if guidance is None else guidance
             ),
-            sampler=None if self.sampler is None else _text("sampler", self.sampler),
+            sampler=None if self.sampler is None else fields.text("sampler", self.sampler),
             seed=_seed(self.seed, count),
-            height=_side("height", height if self.height is None else self.height, manifest.latent),
-            width=_side("width", width if self.width is None else self.width, manifest.latent),
+            height=height,
+            width=width,
             num_images=count,
             eta=_eta(self.eta),
-            long_prompts=_flag("long_prompts", self.long_prompts),
-            prompt_weights=_flag("prompt_weights", self.prompt_weights),
-            clip_skip=_whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
-            guidance_rescale=_share("guidance_rescale", self.guidance_rescale),
-            strength=_strength(self.strength, picture, masked=self.mask is not None),
+            long_prompts=fields.flag("long_prompts", self.long_prompts),
+            prompt_weights=fields.flag("prompt_weights", self.prompt_weights),
+            clip_skip=fields.whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
+            guidance_rescale=fields.share("guidance_rescale", self.guidance_rescale),
+            strength=self._strength(),
             picture=picture,
+            latents=latents,
             variation_seed=_variation(self.variation_seed, self.variation_strength, count),
-            variation_strength=_share("variation_strength", self.variation_strength),
+            variation_strength=fields.share("variation_strength", self.variation_strength),
             mask=_mask(self.mask, picture),
+            denoising_start=_part("denoising_start", self.denoising_start),
+            denoising_end=_part("denoising_end", self.denoising_end),
+            micro_conditioning=read_micro_conditioning(self._sizes(), manifest),
+            output_type=_output_type(self.output_type),
+            guidance_embedded=_takes(manifest, "timestep_cond"),
         )
-        if settings.begin == settings.num_inference_steps:
-            raise RequestError(
-                f"strength {settings.strength} of {settings.num_inference_steps} steps is no step at all: "
-                f"raise it to {1 / settings.num_inference_steps:.3g} or more, or take more steps"
-            )
+        _check_steps(settings)
+        _check_parts(settings)
+        _check_mask(settings, needed=_takes(manifest, "mask"))
         return settings
 
+    def _read_image(self, manifest: Manifest) -> tuple[Image.Image | None, Latents | None]:
+        if isinstance(self.image, np.ndarray) and self.image.dtype != np.uint8:
+            return None, read_latents(self.image, manifest.latent)
+        return None if self.image is None else read_picture(cast(Source, self.image)), None
 
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"{name} is {value!r}: it should be a text")
-    return value
+    def _size(
+        self, manifest: Manifest, picture: Image.Image | None, latents: Latents | None
+    ) -> tuple[int, int]:
+        """Height and width in pixels."""
+        latent, size = manifest.latent, (manifest.defaults.height, manifest.defaults.width)
+        if latents is not None:
+            size = latents.shape[2] * latent.downscale, latents.shape[3] * latent.downscale
+        elif picture is not None and self.height is None and self.width is None:
+            size = fitting_size(picture, latent.multiple)
+        given = size[0] if self.height is None else self.height, size[1] if self.width is None else self.width
+        height, width = (
+            fields.side(name, each, latent) for name, each in zip(("height", "width"), given, strict=True)
+        )
+        if latents is not None and (height, width) != size:
+            raise RequestError(
+                f"height and width are {height} and {width}, but the latents are those of {size[0]} x "
+                f"{size[1]} pixels: leave both out"
+            )
+        return height, width
+
+    def _strength(self) -> float | None:
+        if self.image is None or self.denoising_start is not None:
+            if self.strength is not None:
+                why = "there is no image to paint over" if self.image is None else "denoising_start says it"
+                raise RequestError(f"strength is {self.strength!r}, but {why}: leave it out")
+            return None
+        usual = STRENGTH if self.mask is None else MASKED_STRENGTH
+        return usual if self.strength is None else fields.share("strength", self.strength)
+
+    def _sizes(self) -> dict[str, object]:
+        negative = (f"negative_{name}" for name in SIZES)
+        return {name: getattr(self, name) for name in (*SIZES, *negative, *SCORES)}
+
+
+def _takes(manifest: Manifest, condition: str) -> bool:
+    return any(spec.name == condition for spec in manifest.components["denoiser"].inputs)
+
+
+def _texts(request: Request, manifest: Manifest) -> dict[str, str | None]:
+    texts: dict[str, str | None] = {"prompt": fields.text("prompt", request.prompt)}
+    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+        value = getattr(request, name)
+        texts[name] = None if value is None else fields.text(name, value)
+        if name.endswith("_2") and value is not None and len(manifest.tokenizers) < 2:
+            raise RequestError(f"{name} is {value!r}, but this model has one text encoder: leave it out")
+    return texts
 
 
 def _mask(source: Source | None, picture: Image.Image | None) -> Image.Image | None:
@@ -162,13 +280,49 @@ def _mask(source: Source | None, picture: Image.Image | None) -> Image.Image | N
     return read_mask(source, picture)
 
 
-def _strength(value: object, picture: Image.Image | None, *, masked: bool) -> float | None:
-    if picture is None:
-        if value is not None:
-            raise RequestError(f"strength is {value!r}, but there is no image to paint over: hand one in")
+def _check_mask(settings: Settings, *, needed: bool) -> None:
+    if needed and settings.mask is None:
+        raise RequestError("this model paints within a mask: hand in an image and a mask")
+
+
+def _check_count(latents: Latents | None, count: int) -> None:
+    if latents is not None and len(latents) not in (1, count):
+        raise RequestError(f"num_images is {count}, but there are latents of {len(latents)}: make them equal")
+
+
+def _check_steps(settings: Settings) -> None:
+    if settings.begin == settings.num_inference_steps:
+        raise RequestError(
+            f"strength {settings.strength} of {settings.num_inference_steps} steps is no step at all: "
+            f"raise it to {1 / settings.num_inference_steps:.3g} or more, or take more steps"
+        )
+
+
+def _part(name: str, value: object) -> float | None:
+    """A share of the noise schedule, neither nothing nor all of it."""
+    if value is None:
         return None
-    usual = MASKED_STRENGTH if masked else STRENGTH
-    return usual if value is None else _share("strength", value)
+    part = fields.finite(name, value)
+    if not 0 < part < 1:
+        raise RequestError(f"{name} is {part}: it should lie between 0 and 1; leave it out for the whole")
+    return part
+
+
+def _check_parts(settings: Settings) -> None:
+    start, end = settings.denoising_start, settings.denoising_end
+    if start is not None and settings.latents is None:
+        raise RequestError(
+            f"denoising_start is {start}, but there are no latents to go on from: hand in as `image` the "
+            "`latents` of a result that was painted with denoising_end"
+        )
+    if start is not None and end is not None and start >= end:
+        raise RequestError(f"denoising_start {start} is not before denoising_end {end}")
+
+
+def _output_type(value: object) -> OutputType:
+    if value == "pil" or value == "latent":
+        return "pil" if value == "pil" else "latent"
+    raise RequestError(f"output_type is {value!r}: it should be 'pil' or 'latent'")
 
 
 def _variation(seed: int | None, strength: float, count: int) -> int | None:
@@ -180,56 +334,15 @@ def _variation(seed: int | None, strength: float, count: int) -> int | None:
     return None
 
 
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} is {value!r}: it should be True or False")
-    return value
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise RequestError(f"{name} is {value!r}: it should be a whole number")
-    if value < least:
-        raise RequestError(f"{name} is {value}: it should be at least {least}")
-    return int(value)
-
-
-def _finite(name: str, value: object) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool):
-        with suppress(OverflowError):
-            number = float(value)
-            if abs(number) < 3e38:  # the graph computes in float32: beyond its range is infinite to it
-                return number
-    raise RequestError(f"{name} is {value!r}: it should be a finite number")
-
-
 def _eta(value: object) -> float:
-    eta = _finite("eta", value)
+    eta = fields.finite("eta", value)
     if not 0 <= eta <= 1:
         raise RequestError(f"eta is {eta}: it should lie between 0 (no noise, DDIM) and 1 (DDPM)")
     return eta
 
 
-def _share(name: str, value: object) -> float:
-    share = _finite(name, value)
-    if not 0 <= share <= 1:
-        raise RequestError(f"{name} is {share}: it should lie between 0 (off) and 1")
-    return share
-
-
 def _seed(value: int | None, count: int, name: str = "seed") -> int:
-    seed = secrets.randbits(32) if value is None else _whole(name, value, 0)
+    seed = secrets.randbits(32) if value is None else fields.whole(name, value, 0)
     if seed + count > 2**64:
         raise RequestError(f"{name} {seed} is too large for {count} images: seeds end at 2**64 - 1")
     return seed
-
-
-def _side(name: str, value: object, latent: Latent) -> int:
-    side = _whole(name, value, 1)
-    multiple = latent.multiple
-    below = side // multiple * multiple
-    if below == side:
-        return side
-    nearest = f"{below} and {below + multiple}" if below else f"{multiple}"
-    sizes = "sizes are" if below else "size is"
-    raise RequestError(f"{name} {side} is not a multiple of {multiple}: the nearest valid {sizes} {nearest}")

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from allaprima.runtime.micro_conditioning import MicroConditioning
+
 Stage = Literal["encode", "denoise", "decode"]
 
 
@@ -32,7 +34,7 @@ class Parameters:
     """How one picture was made: enough to make it again. `height` and `width` in pixels."""
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     num_inference_steps: int
     guidance_scale: float
     sampler: str
@@ -51,6 +53,11 @@ class Parameters:
     strength: float | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    micro_conditioning: MicroConditioning | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Result:
     `parameters[i]` belongs to `images[i]`. `timings` holds seconds for each stage and "total". `warnings`
     are sentences for the user, such as the part of a prompt that was too long. `flagged` says which pictures
     the model's safety checker flagged, and so are blurred; None if there is none, or it is switched off.
+    `latents` [N,C,H,W] are in place of images where a request had the output_type "latent", else None.
     """
 
     images: tuple[Image, ...]
@@ -67,3 +75,4 @@ class Result:
     timings: Mapping[str, float]
     warnings: tuple[str, ...]
     flagged: tuple[bool, ...] | None = None
+    latents: NDArray[np.float32] | None = None

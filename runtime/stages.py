@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,6 +18,16 @@ from allaprima.runtime.tokenizer import Tokenizer
 Floats = NDArray[np.float32]
 
 RESCALE = "guidance_rescale"
+POOLED = "text_embeds"
+
+
+class Encoded(NamedTuple):
+    """What a text encoder makes of N chunks, in its session's memory."""
+
+    states: Tensor
+    """Hidden states [N,L,D]."""
+    pooled: Tensor | None
+    """The texts' vectors [N,D'], if the graph has them."""
 
 
 class TextEncoder:
@@ -26,11 +37,12 @@ class TextEncoder:
         """Raises BundleError if the manifest does not say how wide a hidden state is."""
         width = session.outputs["last_hidden_state"].shape[-1]
         if not isinstance(width, int):
-            raise BundleError(f"last_hidden_state of text_encoder should end in a number, not '{width}'")
-        self._session = session
-        self._bound: dict[int, tuple[Block, Block, Binding]] = {}
+            raise BundleError(f"last_hidden_state of a text encoder should end in a number, not '{width}'")
+        self.tokenizer = tokenizer
         self.condition = tokenizer.length, width
         """The shape [L,D] of one chunk's hidden states."""
+        self._session = session
+        self._bound: dict[int, tuple[Block, Block, Binding]] = {}
         spec = session.inputs.get("layer_weights")
         self._states = None if spec is None else int(spec.shape[1])
 
@@ -39,8 +51,8 @@ class TextEncoder:
         """The number of layers, up to which `encode` can skip; None if the graph was exported without."""
         return None if self._states is None else self._states - 1
 
-    def encode(self, chunks: Sequence[Chunk], skips: Sequence[int]) -> Tensor:
-        """Hidden states [len(chunks),L,D] in the session's memory, weighted; valid until the next call.
+    def encode(self, chunks: Sequence[Chunk], skips: Sequence[int]) -> Encoded:
+        """Hidden states of chunks, weighted; valid until the next call.
 
         `skips` are the last layers to leave out for each chunk; all 0 if `layers` is None. Raises
         BackendError.
@@ -60,7 +72,7 @@ class TextEncoder:
                 if chunk.weights is not None:
                     apply_weights(states, chunk.weights)
             made.push()
-        return hidden
+        return Encoded(hidden, made.tensors.get(POOLED))
 
     def close(self) -> None:
         """Drop all bindings; the session is the caller's to close."""
@@ -68,14 +80,12 @@ class TextEncoder:
 
     def _bind(self, count: int) -> tuple[Block, Block, Binding]:
         if count not in self._bound:
-            memory = self._session.memory
-            layout: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
-                "input_ids": ((count, self.condition[0]), np.int64)
-            }
-            if self._states is not None:
-                layout["layer_weights"] = (count, self._states), np.float32
-            given = memory.allocate(layout)
-            made = memory.allocate({"last_hidden_state": ((count, *self.condition), np.float32)})
+            given, made = (
+                self._session.memory.allocate(
+                    {name: (spec.resolve({"B": count}), spec.dtype) for name, spec in specs.items()}
+                )
+                for specs in (self._session.inputs, self._session.outputs)
+            )
             binding = self._session.bind({**given.tensors, **made.tensors})
             self._bound[count] = given, made, binding
         return self._bound[count]
@@ -150,7 +160,9 @@ class Denoiser:
         noise: [B,C,H,W], this step's noise.
         guidance: [G,B], the weights of the branches.
         guidance_rescale: [B], between 0 (off) and 1; None if the graph was exported without.
-        conditions: [G,B,L,D], hidden states of the prompts by branch and lane, to be copied into.
+        conditions: what the model is told, by the graph's names: [G,B,...] where branches differ, as the
+            hidden states `encoder_hidden_states` [G,B,L,D] do, else [B,...]. They are written into and count
+            from the next `push_conditions`, or are copied into.
     """
 
     def __init__(
@@ -160,9 +172,9 @@ class Denoiser:
         *,
         branches: int,
         history: int,
-        condition: tuple[int, int],
+        length: int,
     ) -> None:
-        """Allocate for `sample` [B,C,H,W], G `branches`, S `history` slots, a `condition` [L,D] per prompt.
+        """Allocate for `sample` [B,C,H,W], G `branches`, S `history` slots, L = `length` tokens per prompt.
 
         All lanes are idle at first. Raises BackendError if the session's graph has other shapes.
         """
@@ -181,15 +193,25 @@ class Denoiser:
         if RESCALE in session.inputs:
             row[RESCALE] = (lanes,), np.float32
         self._row = memory.allocate(row)
-        name = "encoder_hidden_states"
-        prompts = memory.allocate({name: ((branches * lanes, *condition), np.float32)}).tensors
+        extents = {"B": lanes, "G": branches, "H": sample[2], "W": sample[3], "L": length}
+        conditions = {
+            name: (spec.resolve(extents), spec.dtype)
+            for name, spec in session.inputs.items()
+            if name not in {*state, *row, "noise"}
+        }
+        self._conditions = memory.allocate(conditions)
         self.noise: Floats = self._noise.tensors["noise"].array
         self.guidance: Floats = self._row.tensors["guidance"].array
         self.guidance_rescale: Floats | None = (
             self._row.tensors[RESCALE].array if RESCALE in session.inputs else None
         )
-        self.conditions = prompts[name].reshape(branches, lanes, *condition)
-        inputs = {**self._noise.tensors, **self._row.tensors, **prompts}
+        self.conditions: Mapping[str, Tensor] = {
+            name: tensor.reshape(branches, lanes, *tensor.array.shape[1:])
+            if session.inputs[name].shape[0] == "G*B"
+            else tensor
+            for name, tensor in self._conditions.tensors.items()
+        }
+        inputs = {**self._noise.tensors, **self._row.tensors, **self._conditions.tensors}
         self._bindings = tuple(
             session.bind(
                 {
@@ -230,6 +252,10 @@ class Denoiser:
     def push_noise(self) -> None:
         """Take the noise that was written from the next step on."""
         self._noise.push()
+
+    def push_conditions(self) -> None:
+        """Take the conditions that were written, in place of all that were there."""
+        self._conditions.push()
 
     def pull(self) -> None:
         """Bring sample and history up to date. Waits for all steps taken."""

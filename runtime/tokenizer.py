@@ -24,15 +24,15 @@ class Tokens:
 
 
 class Tokenizer:
-    """The tokenizer of a bundle.
+    """A tokenizer of a bundle, by default that of the first text encoder.
 
     Gives the ids of transformers' CLIPTokenizer called with padding="max_length" and truncation=True.
 
     Raises BundleError if the bundle's tokenizer file cannot be read.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._spec = bundle.manifest.tokenizer
+    def __init__(self, bundle: Bundle, role: str = "text_encoder") -> None:
+        self._spec = bundle.manifest.tokenizers[role]
         path = bundle.path(self._spec.file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))

@@ -51,9 +51,13 @@ def manifest() -> Manifest:
         family="stable-diffusion",
         precision="fp16",
         components={"denoiser": denoiser},
-        tokenizer=TokenizerSpec("tokenizer/tokenizer.json", length=77, bos=0, eos=1, pad=1),
+        tokenizers={
+            "text_encoder": TokenizerSpec("tokenizer/tokenizer.json", length=77, bos=0, eos=1, pad=1)
+        },
+        zero_negative=False,
         scheduler={"_class_name": "DDIMScheduler", "trained_betas": None, "beta_start": 0.00085},
         latent=Latent(channels=4, downscale=8, multiple=64),
+        preview=None,
         defaults=Defaults(height=128, width=128, num_inference_steps=20, guidance_scale=5.0),
         history=4,
         versions={"allaprima": "0.1.0"},

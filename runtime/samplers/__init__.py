@@ -1,7 +1,8 @@
 """Samplers as tables of numbers: names, tables and the idle row."""
 
 from allaprima.runtime.samplers.catalog import SamplerInfo, find, names
+from allaprima.runtime.samplers.part import take_part
 from allaprima.runtime.samplers.table import NO_BOUND, Table, idle_row
 from allaprima.runtime.samplers.tabulate import make_table
 
-__all__ = ["NO_BOUND", "SamplerInfo", "Table", "find", "idle_row", "make_table", "names"]
+__all__ = ["NO_BOUND", "SamplerInfo", "Table", "find", "idle_row", "make_table", "names", "take_part"]

@@ -35,7 +35,7 @@ def test_round_trip(document: dict[str, Any]) -> None:
 
 def test_every_field_of_every_record_is_demanded(document: dict[str, Any]) -> None:
     """Remove each key of the document in turn, except where keys are free (mappings by name)."""
-    free = ("scheduler", "versions", "files", "components", "shapes")
+    free = ("scheduler", "versions", "files", "components", "shapes", "tokenizers")
 
     def visit(node: Any, path: str, parent: str) -> None:
         if isinstance(node, list):
@@ -86,9 +86,14 @@ def test_every_field_of_every_record_is_demanded(document: dict[str, Any]) -> No
         ),
         (lambda d: d["files"]["denoiser/model.onnx"].update(size=-1), "size -1"),
         (lambda d: d["files"].update({"../x": {"size": 1, "sha256": "0" * 64}}), "'../x' leaves the bundle"),
-        (lambda d: d["tokenizer"].update(file="/etc/passwd"), "'/etc/passwd' leaves the bundle"),
+        (
+            lambda d: d["tokenizers"]["text_encoder"].update(file="/etc/passwd"),
+            "'/etc/passwd' leaves the bundle",
+        ),
         (lambda d: d["components"]["denoiser"].update(graph="a/../../b"), "leaves the bundle"),
-        (lambda d: d.update(schema=0), "the first schema was 1"),
+        (lambda d: d.update(schema=1), "older allaprima, schema 1 < 2: export the checkpoint again"),
+        (lambda d: d.update(tokenizers={}), "there should be tokenizers, all of one length"),
+        (lambda d: d.update(preview={"matrix": [[1.0]], "offset": [0.0] * 3}), "not a map to three colours"),
         (lambda d: d.update(schema="1"), "field 'schema' should be an integer"),
     ],
 )
@@ -99,7 +104,7 @@ def test_refusals_name_the_field(document: dict[str, Any], change: Change, messa
 
 
 def test_newer_schema_is_told_before_unknown_fields() -> None:
-    with pytest.raises(BundleError, match="written by a newer allaprima, schema 7 > 1: upgrade allaprima"):
+    with pytest.raises(BundleError, match="written by a newer allaprima, schema 7 > 2: upgrade allaprima"):
         Manifest.from_json({"schema": 7, "marvel": []})
 
 

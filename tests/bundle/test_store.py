@@ -76,7 +76,7 @@ def test_broken_json(tmp_path: Path, text: bytes) -> None:
 
 def test_manifest_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text('{"schema": 99}')
-    with pytest.raises(BundleError, match=r"bundle\.json: written by a newer allaprima, schema 99 > 1"):
+    with pytest.raises(BundleError, match=r"bundle\.json: written by a newer allaprima, schema 99 > 2"):
         open_bundle(tmp_path)
 
 

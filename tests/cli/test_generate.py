@@ -80,7 +80,7 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
     }
     assert easel.asked == {
         "prompt": "a red circle",
-        "negative_prompt": "",
+        "negative_prompt": None,
         "num_inference_steps": None,
         "guidance_scale": None,
         "sampler": None,

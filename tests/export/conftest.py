@@ -1,12 +1,14 @@
 """Checkpoints and their exports. An export takes most of a minute, so the whole run shares each of them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from allaprima.bundle import Bundle
 from allaprima.export import export_checkpoint
@@ -14,51 +16,118 @@ from allaprima.export import export_checkpoint
 SHAPES = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
 
 
-def write_tiny(folder: Path) -> Path:
-    """A Stable Diffusion checkpoint with tiny networks and distinct random weights."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
-    tokenizer.save_pretrained(folder / "tokenizer")
+def _text_config(tokenizer: CLIPTokenizer, width: int, **fields: int) -> CLIPTextConfig:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    text = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_attention_heads=4,
-        **ids,
+        **{"num_hidden_layers": 2, **ids, **fields},
     )
-    unet = UNet2DConditionModel(
+
+
+def _unet(**fields: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
         norm_num_groups=8,
+        **{"cross_attention_dim": 32, "attention_head_dim": 4, **fields},
     )
-    vae = AutoencoderKL(
+
+
+def _vae(**fields: Any) -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=128,
+        **fields,
     )
-    for name, model in {"text_encoder": CLIPTextModel(text), "unet": unet, "vae": vae}.items():
+
+
+def _save(folder: Path, models: Mapping[str, Any], index: Mapping[str, Any], scheduler: Any) -> Path:
+    """Write models with distinct random weights, and the index."""
+    for name, model in models.items():
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(0.02 * torch.randn_like(weight))
         model.save_pretrained(folder / name)
-    PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    ).save_pretrained(folder / "scheduler")
-    index = json.loads((SHAPES / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(
-        json.dumps({**index, "scheduler": ["diffusers", "PNDMScheduler"]})
-    )
+    scheduler.save_pretrained(folder / "scheduler")
+    kinds = {
+        name: [type(part).__module__.partition(".")[0], type(part).__name__]
+        for name, part in {**models, "scheduler": scheduler}.items()
+    }
+    (folder / "model_index.json").write_text(json.dumps({**index, **kinds}))
     return folder
+
+
+def write_tiny(folder: Path, **unet: Any) -> Path:
+    """A Stable Diffusion checkpoint with tiny networks and distinct random weights."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    models = {
+        "text_encoder": CLIPTextModel(_text_config(tokenizer, 32)),
+        "unet": _unet(**unet),
+        "vae": _vae(),
+    }
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    return _save(folder, models, json.loads((SHAPES / "model_index.json").read_text()), scheduler)
+
+
+def write_tiny_xl(folder: Path, *, refiner: bool = False, **unet: Any) -> Path:
+    """An SDXL checkpoint, or a refiner's, with tiny networks and distinct random weights.
+
+    The second tokenizer pads with "!", and its padding and its end are other tokens than the first one's.
+    """
+    torch.manual_seed(1)
+    first = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
+    second = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer", pad_token="!")
+    second.save_pretrained(folder / "tokenizer_2")
+    widened = _text_config(second, 48, num_hidden_layers=3, projection_dim=40)
+    models: dict[str, Any] = {"text_encoder_2": CLIPTextModelWithProjection(widened)}
+    if not refiner:
+        first.save_pretrained(folder / "tokenizer")
+        models["text_encoder"] = CLIPTextModel(_text_config(first, 32))
+    models["unet"] = _unet(
+        **{
+            "cross_attention_dim": 48 if refiner else 80,
+            "attention_head_dim": (4, 8),
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 40 + 8 * (5 if refiner else 6),
+            **unet,
+        }
+    )
+    models["vae"] = _vae(scaling_factor=0.13025, force_upcast=True)
+    kind = "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline"
+    index = {
+        "_class_name": kind,
+        "force_zeros_for_empty_prompt": not refiner,
+        "tokenizer": [None, None] if refiner else ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "text_encoder": [None, None],
+    }
+    if refiner:
+        index["requires_aesthetics_score"] = True
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    return _save(folder, models, index, scheduler)
 
 
 @pytest.fixture(scope="session")
@@ -93,4 +162,36 @@ def tiny_bf16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     """The tiny checkpoint in bfloat16."""
     return export_checkpoint(
         str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "bf16", precision="bf16"
+    )
+
+
+@pytest.fixture(scope="session")
+def xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_xl(tmp_path_factory.mktemp("checkpoints") / "xl")
+
+
+@pytest.fixture(scope="session")
+def xl_bundle(xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny SDXL in float32."""
+    return export_checkpoint(str(xl_checkpoint), tmp_path_factory.mktemp("bundles") / "xl", precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def xl_half_bundle(xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny SDXL in float16."""
+    return export_checkpoint(
+        str(xl_checkpoint), tmp_path_factory.mktemp("bundles") / "xl-half", precision="fp16"
+    )
+
+
+@pytest.fixture(scope="session")
+def refiner_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_xl(tmp_path_factory.mktemp("checkpoints") / "refiner", refiner=True)
+
+
+@pytest.fixture(scope="session")
+def refiner_bundle(refiner_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny refiner in float32."""
+    return export_checkpoint(
+        str(refiner_checkpoint), tmp_path_factory.mktemp("bundles") / "refiner", precision="fp32"
     )

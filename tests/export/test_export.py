@@ -114,7 +114,7 @@ def test_a_bad_checkpoint_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, 
         elif source == "pickled":
             weights.rename(weights.with_suffix(".bin"))
         else:
-            config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+            config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 8'))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ExportError):
         export_checkpoint(str(folder) if source else "", tmp_path / "deep" / "out")

@@ -1,8 +1,8 @@
 """Single files in the original layout: unpacked, they are the folder that they were made of."""
 
 import json
-import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,103 +11,33 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from allaprima.bundle import ExportError
+from allaprima.bundle import BundleError, ExportError
+from allaprima.export import checkpoint, export_checkpoint
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import open_checkpoint
 from allaprima.export.stable_diffusion import read_family
 
+from . import original
+
 Weights = dict[str, torch.Tensor]
 TOKENIZER = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint" / "tokenizer"
 CHANNELS, LAYERS = (32, 64, 64), 2
-
-# Pairs of the original name and that of diffusers, for the parts of names that differ.
-UNET = (
-    ("time_embed.0", "time_embedding.linear_1"),
-    ("time_embed.2", "time_embedding.linear_2"),
-    ("input_blocks.0.0", "conv_in"),
-    ("out.0", "conv_norm_out"),
-    ("out.2", "conv_out"),
-    ("middle_block.0", "mid_block.resnets.0"),
-    ("middle_block.1", "mid_block.attentions.0"),
-    ("middle_block.2", "mid_block.resnets.1"),
-)
-RESNET = (
-    ("in_layers.0", "norm1"),
-    ("in_layers.2", "conv1"),
-    ("emb_layers.1", "time_emb_proj"),
-    ("out_layers.0", "norm2"),
-    ("out_layers.3", "conv2"),
-    ("skip_connection", "conv_shortcut"),
-)
-VAE = (
-    ("norm_out", "conv_norm_out"),
-    ("mid.block_1", "mid_block.resnets.0"),
-    ("mid.block_2", "mid_block.resnets.1"),
-    ("mid.attn_1", "mid_block.attentions.0"),
-    ("nin_shortcut", "conv_shortcut"),
-)
-ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
-
-
-def unet_name(name: str) -> str:
-    for old, new in UNET:
-        if name.startswith(f"{new}."):
-            return inside(name.replace(new, old, 1))
-    level, kind, index, rest = re.fullmatch(  # type: ignore[union-attr]
-        r"\w+_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name
-    ).groups()
-    i, j, stride = int(level), int(index), LAYERS + 1
-    if kind == "downsamplers":
-        return f"input_blocks.{stride * (i + 1)}.0.op.{rest.removeprefix('conv.')}"
-    if kind == "upsamplers":
-        return f"output_blocks.{stride * i + LAYERS}.{2 if i else 1}.{rest}"
-    place = 0 if kind == "resnets" else 1
-    if name.startswith("down"):
-        return inside(f"input_blocks.{stride * i + j + 1}.{place}.{rest}")
-    return inside(f"output_blocks.{stride * i + j}.{place}.{rest}")
-
-
-def inside(name: str) -> str:
-    if "transformer_blocks" in name or ".attentions." in name:
-        return name
-    for old, new in RESNET:
-        name = re.sub(rf"\.{re.escape(new)}\.", f".{old}.", name)
-    return name
-
-
-def vae_name(name: str) -> str:
-    last = len(CHANNELS) - 1
-    name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", name)
-    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-    name = re.sub(r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda m: f"up.{last - int(m[1])}.block.{m[2]}", name)
-    name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{last - int(m[1])}.upsample", name)
-    for old, new in VAE:
-        name = name.replace(f"{new}.", f"{old}.")
-    if "attn_1" in name:
-        for old, new in ATTENTION:
-            name = name.replace(f"attn_1.{new}.", f"attn_1.{old}.")
-    return name
-
-
-def vae_value(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Attention was made of 1 x 1 convolutions."""
-    return value[:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name) else value
+TEXT = {
+    "vocab_size": 767,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "bos_token_id": 765,
+    "eos_token_id": 766,
+    "pad_token_id": 766,
+}
 
 
 @pytest.fixture(scope="module")
 def parts() -> Mapping[str, Weights]:
     """The weights of three small networks of the first family."""
     torch.manual_seed(3)
-    text = CLIPTextConfig(
-        vocab_size=767,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        bos_token_id=765,
-        eos_token_id=766,
-        pad_token_id=766,
-    )
     unet = UNet2DConditionModel(
         sample_size=64,
         block_out_channels=CHANNELS,
@@ -123,25 +53,20 @@ def parts() -> Mapping[str, Weights]:
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=LAYERS,
     )
-    models = {"text_encoder": CLIPTextModel(text), "unet": unet, "vae": vae}
+    models = {"text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)), "unet": unet, "vae": vae}
     return {name: dict(model.state_dict()) for name, model in models.items()}
 
 
-def original(parts: Mapping[str, Weights]) -> Weights:
+def as_one(parts: Mapping[str, Weights]) -> Weights:
     """All in one, under the original names."""
-    made = {f"model.diffusion_model.{unet_name(name)}": value for name, value in parts["unet"].items()}
-    for name, value in parts["vae"].items():
-        old = vae_name(name)
-        made[f"first_stage_model.{old}"] = vae_value(old, value)
-    for name, value in parts["text_encoder"].items():
-        made[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
-    return {name: value.contiguous().clone() for name, value in made.items()}
+    text = original.clip(parts["text_encoder"], "cond_stage_model.")
+    return original.separate({**original.unet(parts["unet"]), **original.vae(parts["vae"]), **text})
 
 
 @pytest.fixture
 def file(parts: Mapping[str, Weights], tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    save_file(original(parts), path)
+    save_file(as_one(parts), path)
     return path
 
 
@@ -169,53 +94,36 @@ def test_unpacked_it_is_the_folder_it_was(file: Path, parts: Mapping[str, Weight
     assert unet["attention_head_dim"] == 8
 
 
-def open_clip(text: Weights) -> Weights:
-    """A text encoder under OpenCLIP's names, with the last layer that Stable Diffusion 2 does not use."""
-    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    made: Weights = {
-        "token_embedding.weight": text["embeddings.token_embedding.weight"],
-        "positional_embedding": text["embeddings.position_embedding.weight"],
-        "ln_final.weight": text["final_layer_norm.weight"],
-        "ln_final.bias": text["final_layer_norm.bias"],
-        "text_projection": torch.zeros(64, 64),
-        "logit_scale": torch.zeros(()),
-    }
-    for layer in (0, 1, 2):  # the third is a copy of the second
-        inner, outer = f"encoder.layers.{min(layer, 1)}.", f"transformer.resblocks.{layer}."
-        for new, old in {**names, "self_attn.out_proj": "attn.out_proj"}.items():
-            for kind in ("weight", "bias"):
-                made[f"{outer}{old}.{kind}"] = text[f"{inner}{new}.{kind}"]
-        for kind in ("weight", "bias"):
-            parts = [text[f"{inner}self_attn.{each}_proj.{kind}"] for each in "qkv"]
-            made[f"{outer}attn.in_proj_{kind}"] = torch.cat(parts)
-    return {f"cond_stage_model.model.{name}": value.clone() for name, value in made.items()}
-
-
-def test_the_second_family(parts: Mapping[str, Weights], tmp_path: Path) -> None:
-    weights = {name: value for name, value in original(parts).items() if "cond_stage_model" not in name}
-    text = {name.removeprefix("text_model."): value for name, value in parts["text_encoder"].items()}
-    save_file({**weights, **open_clip(text)}, tmp_path / "model.safetensors")
+@pytest.mark.parametrize("layers", [24, 23])
+def test_the_second_family(parts: Mapping[str, Weights], layers: int, tmp_path: Path) -> None:
+    """It uses 23 of the layers of its text encoder; the last of 24 is in some files."""
+    text = CLIPTextModel(CLIPTextConfig(**{**TEXT, "num_hidden_layers": layers})).state_dict()
+    weights = {name: value for name, value in as_one(parts).items() if "cond_stage_model" not in name}
+    second = original.separate(original.open_clip(text, "cond_stage_model."))
+    second["cond_stage_model.model.text_projection"] = torch.zeros(64, 64)
+    save_file({**weights, **second}, tmp_path / "model.safetensors")
     unpack(tmp_path / "model.safetensors", tmp_path / "folder", ABOUT)
     checkpoint = open_checkpoint(str(tmp_path / "folder"))
     got = checkpoint.load("text_encoder", torch.float32).state_dict()
-    assert all(torch.equal(got[name], value) for name, value in parts["text_encoder"].items())
-    assert checkpoint.config("text_encoder")["num_hidden_layers"] == 2
+    assert got.keys() == {name for name in text if ".23." not in name}
+    assert all(torch.equal(got[name], text[name]) for name in got)
+    assert checkpoint.config("text_encoder")["num_hidden_layers"] == 23
     assert checkpoint.config("text_encoder")["hidden_act"] == "gelu"
     assert checkpoint.config("unet")["attention_head_dim"] == [1, 1, 1]
     assert checkpoint.config("scheduler", "scheduler_config.json")["prediction_type"] == "v_prediction"
 
 
 def test_averaged_weights_are_preferred(parts: Mapping[str, Weights], tmp_path: Path) -> None:
-    weights = original(parts)
-    averaged = {
-        f"model_ema.{name.removeprefix('model.').replace('.', '')}": value + 1
-        for name, value in weights.items()
-        if name.startswith("model.diffusion_model.")
-    }
+    weights = as_one(parts)
+    averaged = original.averaged(weights)
     save_file({**weights, **averaged}, tmp_path / "model.safetensors")
     unpack(tmp_path / "model.safetensors", tmp_path / "folder", ABOUT)
     got = read(tmp_path / "folder", "unet")
     assert all(torch.equal(got[name], value + 1) for name, value in parts["unet"].items())
+    averaged.popitem()
+    save_file({**weights, **averaged}, tmp_path / "part.safetensors")
+    with pytest.raises(ExportError, match=r"has averaged weights, but lacks model_ema\.diffusion_model"):
+        unpack(tmp_path / "part.safetensors", tmp_path / "part", ABOUT)
 
 
 def test_a_pickle_is_opened_only_on_request(file: Path, parts: Mapping[str, Weights], tmp_path: Path) -> None:
@@ -248,7 +156,23 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (lambda w: w.pop("model.diffusion_model.input_blocks.1.0.in_layers.0.weight"), "lacks .*norm1"),
         (lambda w: w.pop("model.diffusion_model.input_blocks.0.0.weight"), r"not a checkpoint of Stable"),
-        (lambda w: w.update({"conditioner.x": torch.zeros(1)}), "a checkpoint of SDXL"),
+        (lambda w: w.update({"edm_mean": torch.zeros(4)}), "of the EDM kind .*edm_mean"),
+        (
+            lambda w: [w.pop(name) for name in list(w) if name.startswith("cond_stage_model.")],
+            r"has no text encoder that is known here \(conditioner",
+        ),
+        (
+            lambda w: w.update({"model.diffusion_model.label_emb.0.0.weight": torch.zeros(4, 4)}),
+            r"the unet has too many: model\.diffusion_model\.label_emb\.0\.0\.weight",
+        ),
+        (
+            lambda w: w.update({"first_stage_model.more": torch.zeros(1)}),
+            r"the vae has too many: first_stage_model\.more",
+        ),
+        (
+            lambda w: w.update({"cond_stage_model.more": torch.zeros(1)}),
+            r"the text_encoder has too many: cond_stage_model\.more",
+        ),
         (
             lambda w: w.update({"cond_stage_model.transformer.text_model.more": torch.zeros(1)}),
             "the text_encoder has too many: more",
@@ -278,3 +202,43 @@ def test_files_that_are_none(file: Path, tmp_path: Path) -> None:
         unpack(tmp_path / "notes.txt", tmp_path / "two", ABOUT)
     with pytest.raises(ExportError, match=r"a single file has no vocabulary, .* --tokenizer"):
         unpack(file, tmp_path / "three", SingleFile(tokenizer=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_folder_goes_in_every_case(file: Path, tmp_path: Path, error: type[BaseException] | None) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    with nullcontext() if error is None else pytest.raises(error):  # noqa: SIM117
+        with checkpoint.opened(str(file), ABOUT, place) as opened:
+            assert opened.folder.parent == place
+            assert (opened.folder / "unet" / "config.json").is_file()
+            if error is not None:
+                raise error
+    assert not any(place.iterdir())
+
+
+def test_it_is_unpacked_beside_the_bundle(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error leaves nothing there, not even folders that were made on the way."""
+    seen: list[Path] = []
+
+    def unpack(file: Path, folder: Path, about: SingleFile) -> None:
+        (folder / "unet").mkdir()
+        seen.append(folder.parent)
+        raise ExportError("damaged")
+
+    monkeypatch.setattr(checkpoint, "unpack", unpack)
+    with pytest.raises(ExportError, match="damaged"):
+        export_checkpoint(str(file), tmp_path / "new" / "bundle")
+    assert seen == [tmp_path / "new"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_target_that_exists_is_told_before_unpacking(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "unpack", lambda *_: pytest.fail("unpacked"))
+    (tmp_path / "target").write_text("mine")
+    with pytest.raises(BundleError, match="is a file: name a folder"):
+        export_checkpoint(str(file), tmp_path / "target")

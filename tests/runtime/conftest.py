@@ -206,9 +206,11 @@ def manifest() -> Manifest:
         family="stable-diffusion",
         precision="fp32",
         components=components,
-        tokenizer=TokenizerSpec("tokenizer/tokenizer.json", LENGTH, BOS, EOS, EOS),
+        tokenizers={"text_encoder": TokenizerSpec("tokenizer/tokenizer.json", LENGTH, BOS, EOS, EOS)},
+        zero_negative=False,
         scheduler=SCHEDULER,
         latent=Latent(channels=4, downscale=8, multiple=32),
+        preview=None,
         defaults=Defaults(height=64, width=32, num_inference_steps=4, guidance_scale=3.0),
         history=HISTORY,
         versions={"test": "1"},
@@ -225,7 +227,7 @@ def bundle(manifest: Manifest, tmp_path: Path) -> Bundle:
             (writer.folder / role).mkdir()
             onnx.save(model, writer.folder / role / "model.onnx")
         (writer.folder / "tokenizer").mkdir()
-        make_tokenizer().save(str(writer.folder / manifest.tokenizer.file))
+        make_tokenizer().save(str(writer.folder / manifest.tokenizers["text_encoder"].file))
         return writer.commit(manifest)
 
 

@@ -130,7 +130,7 @@ def test_nothing_is_lost(tokenizer: Tokenizer, text: str, repeats: int) -> None:
 
 def test_padding(tokenizer: Tokenizer) -> None:
     prompts = [make_chunks(tokenizer, prompt, long=True) for prompt in ("a", "a BREAK b BREAK c", "")]
-    padded = pad_chunks(tokenizer, prompts)
+    padded = pad_chunks(tokenizer, prompts, max(len(each.chunks) for each in prompts))
     assert [len(chunks) for chunks in padded] == [3, 3, 3]
     assert tokens(padded[0]) == tokenizer.split("a")[0]
     for chunk in (*padded[0][1:], *padded[2]):

@@ -116,7 +116,7 @@ def test_result(ort: Pipeline) -> None:
     assert [image.mode for image in result.images] == ["RGB"] * 2
     assert result.parameters[1] == Parameters(
         prompt=PROMPT,
-        negative_prompt="",
+        negative_prompt=None,
         num_inference_steps=4,
         guidance_scale=3.0,
         sampler="ddim",
@@ -316,7 +316,7 @@ def test_lanes_at_their_own_rows(bundle: Bundle) -> None:
     tables = [make_table(scheduler, name, 4, history=4) for name in ("ddim", "dpmpp_2m", "euler")]
 
     def make(lanes: int) -> Denoiser:
-        denoiser = Denoiser(session, (lanes, 4, 8, 8), branches=2, history=4, condition=(77, 6))
+        denoiser = Denoiser(session, (lanes, 4, 8, 8), branches=2, history=4, length=77)
         denoiser.guidance[...] = [[-1.0], [2.0]]
         return denoiser
 
@@ -324,7 +324,7 @@ def test_lanes_at_their_own_rows(bundle: Bundle) -> None:
         generator = np.random.default_rng(seed)
         denoiser.sample[lane] = generator.normal(size=(4, 8, 8))
         denoiser.history[:, lane] = 0
-        denoiser.conditions.array[:, lane] = generator.normal(size=(2, 77, 6))
+        denoiser.conditions["encoder_hidden_states"].array[:, lane] = generator.normal(size=(2, 77, 6))
 
     alone = []
     for seed, table in enumerate(tables):

@@ -12,7 +12,7 @@ from allaprima.runtime import Request, Settings
 
 def test_defaults(manifest: Manifest) -> None:
     settings = Request("a circle", seed=7).check(manifest)
-    assert settings == Settings("a circle", "", 4, 3.0, None, 7, 64, 32, 1, 0.0)
+    assert settings == Settings("a circle", None, 4, 3.0, None, 7, 64, 32, 1, 0.0)
 
 
 def test_everything_given(manifest: Manifest) -> None:

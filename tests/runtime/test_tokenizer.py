@@ -35,7 +35,7 @@ def tokenizer(reference: Any, manifest: Manifest, tmp_path: Path) -> Tokenizer:
     spec = TokenizerSpec(
         "tokenizer.json", LENGTH, reference.bos_token_id, reference.eos_token_id, reference.pad_token_id
     )
-    return Tokenizer(Bundle(tmp_path, replace(manifest, tokenizer=spec)))
+    return Tokenizer(Bundle(tmp_path, replace(manifest, tokenizers={"text_encoder": spec})))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_text_that_is_not_unicode(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "{}", "no json"])
 def test_broken_file(manifest: Manifest, tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / manifest.tokenizer.file
+    path = tmp_path / manifest.tokenizers["text_encoder"].file
     path.parent.mkdir()
     if content is not None:
         path.write_text(content)

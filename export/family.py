@@ -1,0 +1,174 @@
+"""A checkpoint as the graphs of a bundle: what there is to know of it, and how each graph is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from allaprima.bundle import Defaults, Latent, TensorSpec, TokenizerSpec
+from allaprima.export import safety
+from allaprima.export.denoiser import Denoiser
+from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
+from allaprima.export.graph import GraphPlan
+from allaprima.export.source import Checkpoint
+
+HISTORY = 4
+"""S: what the longest multistep samplers (PLMS, LMS of order 4) look back on."""
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A text encoder: the folders of its model and tokenizer, and what is taken from it.
+
+    `states` counts the hidden states that a prompt's may be mixed of, `width` is theirs, `pooled` that of the
+    text's vector, None where the UNet takes none. `penultimate`: see `encoders.TextEncoder`.
+    """
+
+    part: str
+    tokenizer_part: str
+    tokenizer: TokenizerSpec
+    width: int
+    states: int
+    pooled: int | None = None
+    penultimate: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint's facts, read from its configuration files before any weights are loaded.
+
+    `texts` are the text encoders by component, `conditions` the shapes of what the UNet takes beyond the
+    first one's states (see `denoiser.Denoiser`). `wide`: the autoencoder's values leave the range of fp16.
+    """
+
+    checkpoint: Checkpoint
+    latent: Latent
+    texts: Mapping[str, TextModel]
+    conditions: Mapping[str, Shape]
+    scheduler: Mapping[str, Any]
+    defaults: Defaults
+    zero_negative: bool = False
+    wide: bool = False
+
+    @property
+    def tokenizers(self) -> Mapping[str, TokenizerSpec]:
+        """By the component that they belong to."""
+        return {role: text.tokenizer for role, text in self.texts.items()}
+
+    @property
+    def length(self) -> int:
+        """L, the number of tokens of one prompt."""
+        return next(iter(self.texts.values())).tokenizer.length
+
+    def dtype(self, component: str, wanted: torch.dtype) -> torch.dtype:
+        """What a component's weights are written in."""
+        return torch.float32 if self.overflows(component) and wanted == torch.float16 else wanted
+
+    def overflows(self, component: str) -> bool:
+        """Whether a component's values leave the range of fp16."""
+        return self.wide and component in ("vae_decoder", "vae_encoder")
+
+    def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
+        """One late plan per component, so that only one component's weights are in memory at a time."""
+        plans: dict[str, Callable[[], GraphPlan]] = {}
+        for role in self.texts:
+            plans[role] = lambda role=role: self._text_encoder(role, dtype)  # type: ignore[misc]
+        plans["denoiser"] = lambda: self._denoiser(dtype)
+        plans["vae_decoder"] = lambda: self._vae_decoder(self.dtype("vae_decoder", dtype))
+        plans["vae_encoder"] = lambda: self._vae_encoder(self.dtype("vae_encoder", dtype))
+        if safety.has_safety_checker(self.checkpoint):
+            plans[safety.PART] = lambda: safety.plan(self.checkpoint, dtype)
+        return plans
+
+    def _text_encoder(self, role: str, dtype: torch.dtype) -> GraphPlan:
+        text = self.texts[role]
+        length, pooled = text.tokenizer.length, text.pooled is not None
+        outputs = [TensorSpec("last_hidden_state", "float32", ("B", length, text.width))]
+        if text.pooled is not None:
+            outputs.append(TensorSpec("text_embeds", "float32", ("B", text.pooled)))
+        return GraphPlan(
+            name=role,
+            module=TextEncoder(
+                self.checkpoint.load(text.part, dtype), penultimate=text.penultimate, pooled=pooled
+            ),
+            example={
+                "input_ids": torch.full((2, length), text.tokenizer.eos, dtype=torch.int64),
+                "layer_weights": torch.randn(2, text.states),
+            },
+            axes={"input_ids": {0: "B"}, "layer_weights": {0: "B"}},
+            inputs=(
+                TensorSpec("input_ids", "int64", ("B", length)),
+                TensorSpec("layer_weights", "float32", ("B", text.states)),
+            ),
+            outputs=tuple(outputs),
+        )
+
+    def _denoiser(self, dtype: torch.dtype) -> GraphPlan:
+        channels, factor = self.latent.channels, self.latent.multiple // self.latent.downscale
+        image = ("B", channels, "H", "W")
+        shapes: dict[str, Shape] = {
+            "sample": image,
+            "history": (HISTORY, *image),
+            "noise": image,
+            "timestep": ("B",),
+            "input_scale": ("B",),
+            "guidance": ("G", "B"),
+            "to_prediction": ("B", 2),
+            "bounds": ("B",),
+            "update": ("B", 3 + HISTORY),
+            "encoder_hidden_states": ("G*B", "L", next(iter(self.texts.values())).width),
+            "guidance_rescale": ("B",),
+            **self.conditions,
+        }
+        specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
+        # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.
+        sizes = {"B": 3, "G": 2, "G*B": 6, "H": 5 * factor, "W": 7 * factor}
+        sizes["L"] = 2 * self.length  # a prompt is one chunk or more, one after the other
+        dims: dict[str, Any] = {"B": "B", "G": "G", "G*B": "GB", "L": "L"}
+        dims |= {axis: factor * torch.export.Dim(axis.lower(), min=1, max=4096) for axis in ("H", "W")}
+        return GraphPlan(
+            name="denoiser",
+            module=Denoiser(self.checkpoint.load("unet", dtype), tuple(self.conditions)),
+            example={spec.name: torch.randn(spec.resolve(sizes)) for spec in specs},
+            axes={
+                spec.name: {k: dims[axis] for k, axis in enumerate(spec.shape) if isinstance(axis, str)}
+                for spec in specs
+            },
+            inputs=specs,
+            outputs=(
+                TensorSpec("next_sample", "float32", image),
+                TensorSpec("next_history", "float32", (HISTORY, *image)),
+            ),
+        )
+
+    def _vae_decoder(self, dtype: torch.dtype) -> GraphPlan:
+        vae = self.checkpoint.load("vae", dtype)
+        config: Any = vae.config
+        scale = self.latent.downscale
+        return GraphPlan(
+            name="vae_decoder",
+            module=ImageDecoder(vae, float(config.scaling_factor)),
+            example={"sample": torch.randn(2, self.latent.channels, 6, 10)},
+            axes={"sample": {0: "B", 2: "H", 3: "W"}},
+            inputs=(TensorSpec("sample", "float32", ("B", self.latent.channels, "H", "W")),),
+            outputs=(TensorSpec("image", "uint8", ("B", f"{scale}*H", f"{scale}*W", 3)),),
+        )
+
+    def _vae_encoder(self, dtype: torch.dtype) -> GraphPlan:
+        scale = self.latent.downscale
+        height, width = (scale * torch.export.Dim(axis, min=1, max=4096) for axis in ("h", "w"))
+        vae, latents = self.checkpoint.load("vae", dtype), ("B", self.latent.channels, "H", "W")
+        config: Any = vae.config
+        return GraphPlan(
+            name="vae_encoder",
+            module=ImageEncoder(vae, float(config.scaling_factor)),
+            example={"image": torch.rand(2, 3, 6 * scale, 10 * scale) * 2 - 1},
+            axes={"image": {0: "B", 2: height, 3: width}},
+            inputs=(TensorSpec("image", "float32", ("B", 3, f"{scale}*H", f"{scale}*W")),),
+            outputs=tuple(TensorSpec(name, "float32", latents) for name in ("mean", "deviation")),
+        )
