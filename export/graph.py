@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allaprima.bundle import ExportError, TensorSpec
 from allaprima.export.reason import reason
-from allaprima.export.weights import StoredTensor, write_weights
+from allaprima.export.weights import address, write_weights
 
 OPSET = 23
 """The first opset with `Attention`, which every backend fuses or takes apart by itself."""
@@ -175,7 +175,9 @@ def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, fold
     initializers = model.graph.initializers
     owners: dict[object, str] = {}
     names = {
-        name: owners.setdefault(_identity(tensor), name.partition(".")[2])  # tied weights are stored once
+        name: owners.setdefault(
+            (address(tensor), tensor.dtype), name.partition(".")[2]
+        )  # tied weights are stored once
         for name, tensor in state.items()
         if name in initializers
     }
@@ -192,10 +194,6 @@ def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, fold
                 shape=onnx_ir.Shape(state[name].shape),
                 base_dir=folder,
             )
-
-
-def _identity(tensor: torch.Tensor) -> object:
-    return (tensor.place, tensor.dtype) if isinstance(tensor, StoredTensor) else tensor.data_ptr()
 
 
 def _check(plan: GraphPlan, model: onnx_ir.Model, path: Path) -> None:

@@ -19,6 +19,8 @@ from allaprima.export.reason import reason
 
 DTYPES = {
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
@@ -47,7 +49,7 @@ class Place:
 class StoredTensor(torch.Tensor):
     """A tensor whose values are read from its file by every operation on it, and kept by none.
 
-    What only passes it on (an alias, `detach`) or rounds it once to another floating dtype gives a stored
+    What only passes it on, cuts it without a gap, or rounds it once to another floating dtype gives a stored
     tensor again: a model of them takes no memory, whatever its size. The file must stay as it is meanwhile.
     """
 
@@ -91,6 +93,17 @@ class StoredTensor(torch.Tensor):
             return StoredTensor(self.place, self.shape, self.stored, dtype)
         return self.read().to(dtype)
 
+    def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StoredTensor | None:
+        """What an operation that copies nothing makes, where its bytes follow one another in the file."""
+        made = func(torch.empty(self.shape, device="meta"), *args, **kwargs)
+        if not (isinstance(made, torch.Tensor) and made.is_contiguous()):
+            return None
+        size = self.stored.itemsize
+        start = self.place.start + int(made.storage_offset()) * size
+        return StoredTensor(
+            Place(self.place.file, start, made.numel() * size), made.shape, self.stored, self.dtype
+        )
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -98,8 +111,8 @@ class StoredTensor(torch.Tensor):
         aten = torch.ops.aten
         first = args[0] if args else None
         if isinstance(first, StoredTensor):
-            if func in (aten.detach.default, aten.alias.default):
-                return StoredTensor(first.place, first.shape, first.stored, first.dtype)
+            if func.is_view and (seen := first._view(func, args[1:], kwargs or {})) is not None:
+                return seen
             if func is aten._to_copy.default:
                 dtype = (kwargs or {}).get("dtype") or first.dtype
                 if first.dtype.is_floating_point and dtype.is_floating_point:
@@ -108,6 +121,11 @@ class StoredTensor(torch.Tensor):
             StoredTensor, StoredTensor.read, (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+def address(tensor: torch.Tensor) -> object:
+    """What tensors of the same values in the same memory or place have in common."""
+    return tensor.place if isinstance(tensor, StoredTensor) else tensor.data_ptr()
 
 
 def read_header(file: Path) -> dict[str, tuple[Place, tuple[int, ...], torch.dtype]]:

@@ -27,7 +27,7 @@ def test_values(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> N
     value = (FLOATS * 20).abs().to(dtype).reshape(-1)[: torch.Size(shape).numel()].reshape(shape)
     lazy = stored(tmp_path, value)
     assert (lazy.shape, lazy.dtype) == (value.shape, dtype)
-    assert torch.equal(lazy.read(), value)
+    assert torch.equal(lazy.read().double(), value.double())
     assert type(lazy.read()) is torch.Tensor
 
 
@@ -40,7 +40,6 @@ def test_operations_read(tmp_path: Path) -> None:
     for made in (lazy + 0, torch.cat([lazy])[:], lazy.clone(), torch.stack([FLOATS, lazy])[1]):
         assert type(made) is torch.Tensor
         assert torch.equal(made, FLOATS)
-    assert torch.equal(lazy.t() if lazy.ndim == 2 else lazy.mT, FLOATS.mT)
 
 
 def test_what_is_passed_on_stays_on_disk(tmp_path: Path) -> None:
@@ -55,6 +54,29 @@ def test_what_is_passed_on_stays_on_disk(tmp_path: Path) -> None:
         assert isinstance(one, StoredTensor)
     with pytest.raises(OSError, match=r"one\.safetensors"):
         half.read()
+
+
+def test_what_is_cut_without_a_gap_stays_on_disk(tmp_path: Path) -> None:
+    lazy = stored(tmp_path, FLOATS)
+    for one, wanted in (
+        (lazy[1], FLOATS[1]),
+        (lazy[1, 1:], FLOATS[1, 1:]),
+        (lazy.view(6, 4)[2:5].half(), FLOATS.view(6, 4)[2:5].half()),
+        (lazy[..., None].squeeze(-1), FLOATS),
+        (lazy[1:1], FLOATS[1:1]),
+    ):
+        assert isinstance(one, StoredTensor)
+        assert (one.shape, one.dtype) == (wanted.shape, wanted.dtype)
+        assert torch.equal(one + 0, wanted)
+    for one, wanted in (
+        (lazy[:, 1], FLOATS[:, 1]),
+        (lazy[:, :, ::2], FLOATS[:, :, ::2]),
+        (lazy.mT, FLOATS.mT),
+    ):
+        assert type(one) is torch.Tensor
+        assert torch.equal(one, wanted)
+    first, second = lazy.split(1)
+    assert torch.equal(torch.cat([second, first]), FLOATS.flip(0))
 
 
 def test_every_rounding_counts(tmp_path: Path) -> None:
@@ -123,7 +145,7 @@ BROKEN = {
     "a list": header([]),
     "no entry": header({"a": 3}),
     "no offsets": header({"a": {"dtype": "F32", "shape": [2]}}),
-    "another dtype": header({"a": {**GOOD, "dtype": "F8_E4M3"}}),
+    "another dtype": header({"a": {**GOOD, "dtype": "C64", "data_offsets": [0, 16]}}),
     "beyond the end": header({"a": {**GOOD, "data_offsets": [4, 12]}}),
     "backwards": header({"a": {**GOOD, "shape": [], "data_offsets": [-4, 0]}}),
     "of another size": header({"a": {**GOOD, "shape": [3]}}),
