@@ -95,8 +95,10 @@ class StoredTensor(torch.Tensor):
 
     def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StoredTensor | None:
         """What an operation that copies nothing makes, where its bytes follow one another in the file."""
-        made = func(torch.empty(self.shape, device="meta"), *args, **kwargs)
+        made = func(torch.empty(self.shape, dtype=self.dtype, device="meta"), *args, **kwargs)
         if not (isinstance(made, torch.Tensor) and made.is_contiguous()):
+            return None
+        if made.dtype != self.dtype or made.is_neg():  # the same bytes, other values
             return None
         size = self.stored.itemsize
         start = self.place.start + int(made.storage_offset()) * size

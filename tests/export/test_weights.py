@@ -75,6 +75,8 @@ def test_what_is_cut_without_a_gap_stays_on_disk(tmp_path: Path) -> None:
     ):
         assert type(one) is torch.Tensor
         assert torch.equal(one, wanted)
+    assert torch.equal(lazy.view(torch.int32), FLOATS.view(torch.int32))
+    assert torch.equal(torch._neg_view(lazy) + 0, -FLOATS)
     first, second = lazy.split(1)
     assert torch.equal(torch.cat([second, first]), FLOATS.flip(0))
 
