@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allaprima.bundle import ExportError, TensorSpec
 from allaprima.export.reason import reason
-from allaprima.export.weights import address, write_weights
+from allaprima.export.weights import StoredTensor, address, write_weights
 
 OPSET = 23
 """The first opset with `Attention`, which every backend fuses or takes apart by itself."""
@@ -98,34 +98,30 @@ def _dynamic_shapes(plan: GraphPlan) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _without_values(module: torch.nn.Module) -> Iterator[None]:
-    """Put tensors without values in the place of the module's weights: a graph needs only their shapes."""
+    """Put tensors without values in the place of weights on disk: a graph needs only their shapes."""
+    owners = [
+        owner for part in module.modules() for owner in (vars(part)["_parameters"], vars(part)["_buffers"])
+    ]
+    places: list[tuple[dict[str, Any], str, StoredTensor]] = [
+        (owner, name, weight)
+        for owner in owners
+        for name, weight in owner.items()
+        if isinstance(weight, StoredTensor)
+    ]
     fakes: dict[int, torch.Tensor] = {}
-    places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     mode = FakeTensorMode()
-    for part in module.modules():
-        buffers = {
-            name: value
-            for name, value in part._buffers.items()
-            if name not in part._non_persistent_buffers_set
-        }
-        own: tuple[tuple[dict[str, Any], Mapping[str, Any]], ...] = (
-            (part._parameters, part._parameters),
-            (part._buffers, buffers),
-        )
-        for owner, weights in own:
-            places.extend((owner, name, weight) for name, weight in weights.items() if weight is not None)
     for _, _, weight in places:
         with mode:
             empty = torch.empty(weight.shape, dtype=weight.dtype)
         parameter = isinstance(weight, torch.nn.Parameter)
         fakes.setdefault(id(weight), torch.nn.Parameter(empty, requires_grad=False) if parameter else empty)
     try:
-        for holder, name, weight in places:
-            holder[name] = fakes[id(weight)]
+        for owner, name, weight in places:
+            owner[name] = fakes[id(weight)]
         yield
     finally:
-        for holder, name, weight in places:
-            holder[name] = weight
+        for owner, name, weight in places:
+            owner[name] = weight
 
 
 @contextlib.contextmanager
@@ -173,11 +169,9 @@ def _strip(model: onnx_ir.Model) -> None:
 def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path) -> None:
     """Move the parameters out of the graph, each under its name without the wrapper's prefix."""
     initializers = model.graph.initializers
-    owners: dict[object, str] = {}
+    owners: dict[object, str] = {}  # tied weights are stored once
     names = {
-        name: owners.setdefault(
-            (address(tensor), tensor.dtype), name.partition(".")[2]
-        )  # tied weights are stored once
+        name: owners.setdefault((address(tensor), tensor.dtype), name.partition(".")[2])
         for name, tensor in state.items()
         if name in initializers
     }
