@@ -31,6 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="open a .ckpt, if you trust where it comes from"
     )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="how a distilled model is sampled: turbo, lightning, lcm or tcd (default: as its files say)",
+    )
+    parser.add_argument("--steps", metavar="N", type=int, help="the bundle's default number of steps")
+    parser.add_argument("--guidance", metavar="SCALE", type=float, help="the bundle's default guidance scale")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 
@@ -38,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and say what came out."""
     try:
-        from allaprima.export import SingleFile, export_checkpoint
+        from allaprima.export import SingleFile, Usage, export_checkpoint
     except ModuleNotFoundError as error:
         raise ExportError(
             f'export needs {error.name}, which is not installed: pip install "allaprima[export]"'
@@ -52,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
             name=options.name,
             overwrite=options.force,
             single=SingleFile(options.tokenizer, options.prediction, options.allow_pickle),
+            usage=Usage(options.preset, options.steps, options.guidance),
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:

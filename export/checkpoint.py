@@ -17,6 +17,7 @@ from allaprima.export import parity, safety
 from allaprima.export.configuration import write_tokenizer
 from allaprima.export.family import HISTORY, Family
 from allaprima.export.graph import GraphPlan, write_graph
+from allaprima.export.presets import Usage
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
@@ -42,6 +43,7 @@ def export_checkpoint(
     name: str | None = None,
     overwrite: bool = False,
     single: SingleFile | None = None,
+    usage: Usage | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL to a bundle.
@@ -54,6 +56,7 @@ def export_checkpoint(
         name: what the bundle calls itself; by default the target's folder name.
         overwrite: replace an existing bundle.
         single: what a single file does not say; None is the usual.
+        usage: the defaults that pictures are painted with; None is the checkpoint's own.
         progress: called before each stage.
 
     Raises:
@@ -66,7 +69,7 @@ def export_checkpoint(
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
     ):
-        family = read_family(checkpoint)
+        family = (usage or Usage()).apply(read_family(checkpoint))
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 

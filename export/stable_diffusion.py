@@ -37,8 +37,12 @@ def read_family(checkpoint: Checkpoint) -> Family:
     conditions = _read_conditions(unet, channels, texts)
     downscale = 2 ** (levels(vae, "vae") - 1)
     latent = Latent(channels, downscale, downscale * 2 ** (levels(unet, "unet") - 1))
-    # As the class corrects its scheduler: a first release had them otherwise.
+    # As the first classes correct their schedulers: an early release had them otherwise.
     forced = {"steps_offset": 1, "clip_sample": False} if checkpoint.pipeline in FIRST else {}
+    given = checkpoint.config("scheduler", "scheduler_config.json")
+    if "clip_sample" not in given:
+        # The default of other classes, from which another sampler may be chosen, is made for pixels.
+        forced["clip_sample"] = False
     usual = next(numbers for names, numbers in USUAL.items() if checkpoint.pipeline in names)
     return Family(
         checkpoint=checkpoint,

@@ -20,6 +20,14 @@ class SingleFile(NamedTuple):
     allow_pickle: bool
 
 
+class Usage(NamedTuple):
+    """Of allaprima.export."""
+
+    preset: str | None
+    steps: int | None
+    guidance_scale: float | None
+
+
 Allaprima = Callable[..., SimpleNamespace]
 WriteBundle = Callable[..., Path]
 
@@ -39,6 +47,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, write_bundle: WriteBundle) -> dict[st
     module = ModuleType("allaprima.export")
     module.__dict__["export_checkpoint"] = export_checkpoint
     module.__dict__["SingleFile"] = SingleFile
+    module.__dict__["Usage"] = Usage
     monkeypatch.setitem(sys.modules, "allaprima.export", module)
     return asked
 
@@ -53,6 +62,7 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
         "name": None,
         "overwrite": False,
         "single": SingleFile(None, None, False),
+        "usage": Usage(None, None, None),
     }
     assert outcome.out == f"{target}: tiny, fp16, 7.0 kB in 3 files\n"
     refused = allaprima("export", "models/x", str(target))
@@ -63,10 +73,12 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
 def test_every_option(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> None:
     words = ("--precision", "bf16", "--name", "red", "--force", "--quiet", "--allow-pickle")
     words += ("--tokenizer", "clip", "--prediction", "v_prediction")
+    words += ("--preset", "lcm", "--steps", "6", "--guidance", "1.5")
     outcome = allaprima("export", "hub/id", str(tmp_path / "out"), *words)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert (asked["precision"], asked["name"], asked["overwrite"]) == ("bf16", "red", True)
     assert asked["single"] == SingleFile("clip", "v_prediction", True)
+    assert asked["usage"] == Usage("lcm", 6, 1.5)
 
 
 def test_precision_is_one_of_three(allaprima: Allaprima, asked: dict[str, Any]) -> None:

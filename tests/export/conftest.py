@@ -22,8 +22,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, **fields: int) -> CLIPTex
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_attention_heads=4,
-        **{"num_hidden_layers": 2, **ids, **fields},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, **ids, **fields},
     )
 
 
@@ -67,7 +66,7 @@ def _save(folder: Path, models: Mapping[str, Any], index: Mapping[str, Any], sch
     return folder
 
 
-def write_tiny(folder: Path, **unet: Any) -> Path:
+def write_tiny(folder: Path, *, kind: str = "StableDiffusionPipeline", **unet: Any) -> Path:
     """A Stable Diffusion checkpoint with tiny networks and distinct random weights."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
@@ -80,7 +79,8 @@ def write_tiny(folder: Path, **unet: Any) -> Path:
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
-    return _save(folder, models, json.loads((SHAPES / "model_index.json").read_text()), scheduler)
+    index = json.loads((SHAPES / "model_index.json").read_text())
+    return _save(folder, models, {**index, "_class_name": kind}, scheduler)
 
 
 def write_tiny_xl(folder: Path, *, refiner: bool = False, **unet: Any) -> Path:
@@ -92,7 +92,8 @@ def write_tiny_xl(folder: Path, *, refiner: bool = False, **unet: Any) -> Path:
     first = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
     second = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer", pad_token="!")
     second.save_pretrained(folder / "tokenizer_2")
-    widened = _text_config(second, 48, num_hidden_layers=3, projection_dim=40)
+    # Three heads of 16: TensorRT-RTX 1.7 compiles no attention with heads of 12.
+    widened = _text_config(second, 48, num_hidden_layers=3, num_attention_heads=3, projection_dim=40)
     models: dict[str, Any] = {"text_encoder_2": CLIPTextModelWithProjection(widened)}
     if not refiner:
         first.save_pretrained(folder / "tokenizer")

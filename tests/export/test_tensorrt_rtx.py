@@ -19,15 +19,13 @@ except BackendError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
-PRECISIONS = ["tiny_half_bundle", "tiny_bundle"]
 COMPONENTS = ["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
-
-
-@pytest.fixture(scope="module", params=PRECISIONS)
-def exported(request: pytest.FixtureRequest) -> Bundle:
-    """A real export, in half and in full precision."""
-    found: Bundle = request.getfixturevalue(request.param)
-    return found
+# Real exports, in half and in full precision, and one that has both.
+BUNDLES = {
+    "tiny_half_bundle": COMPONENTS,
+    "tiny_bundle": COMPONENTS,
+    "xl_half_bundle": ["text_encoder_2", *COMPONENTS],
+}
 
 
 def targets(plan: Path) -> set[str]:
@@ -36,9 +34,12 @@ def targets(plan: Path) -> set[str]:
     return {name for name, bit in TARGETS.items() if header[32] & bit}
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_the_parser_accepts_every_graph(exported: Bundle, component: str) -> None:
+@pytest.mark.parametrize(
+    ("bundle", "component"), [(name, part) for name, parts in BUNDLES.items() for part in parts]
+)
+def test_the_parser_accepts_every_graph(request: pytest.FixtureRequest, bundle: str, component: str) -> None:
     """And every operator in it: no plug-in is called for, and all attention can be taken apart."""
+    exported: Bundle = request.getfixturevalue(bundle)
     choose_flavour("tensorrt-rtx")
     from polygraphy.backend.trt import NetworkFromOnnxPath, SetDecomposableAttentions
 
@@ -106,13 +107,16 @@ def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path
 
 
 @pytest.mark.parametrize(
-    ("fixture", "precision"), [("tiny_bundle", "fp32"), ("tiny_bf16_bundle", "bf16")], ids=["fp32", "bf16"]
+    ("fixture", "precisions"),
+    [("tiny_bundle", {"fp32"}), ("tiny_bf16_bundle", {"bf16"}), ("xl_half_bundle", {"fp16", "fp32"})],
+    ids=["fp32", "bf16", "both"],
 )
-def test_other_precisions_compile(request: pytest.FixtureRequest, fixture: str, precision: str) -> None:
+def test_other_precisions_compile(request: pytest.FixtureRequest, fixture: str, precisions: set[str]) -> None:
     """In float32 attention has no fused kernel, and is taken apart."""
     exported: Bundle = request.getfixturevalue(fixture)
     built = build_bundle(exported, backend="tensorrt-rtx", options=Options(targets=("8.6",)))
-    assert {one.engine.key.precision for one in built} == {precision}
+    assert {one.engine.key.precision for one in built} == precisions
+    assert len(built) == len(exported.manifest.components)
     assert all(targets(one.folder / one.engine.main) == {"8.6"} for one in built)
 
 
