@@ -124,7 +124,8 @@ class Preview(Record):
     offset: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if any(len(row) != 3 for row in (*self.matrix, self.offset)):
+        rows = (*self.matrix, self.offset)
+        if any(len(row) != 3 or not all(map(math.isfinite, row)) for row in rows):
             raise ValueError("matrix [C][3] and offset [3] are not a map to three colours")
 
 
@@ -148,9 +149,9 @@ class Manifest(Record):
     larger models text_encoder_2. `precision` is the denoiser's; each component has its own.
     `tokenizers` belong to the text encoders, under the same names. `zero_negative`: no negative prompt means
     a condition of zeros, not that of an empty text. `scheduler` is diffusers' scheduler_config.json as it is.
-    `history` is S, the number of earlier predictions that the denoiser takes. `preview` is None where nothing
-    linear fits. `versions` says what wrote the bundle. `files` lists every file but bundle.json, by its path
-    with `/`; a `BundleWriter` fills it in.
+    `history` is S, the number of earlier predictions that the denoiser takes. `preview` is None where the
+    autoencoder's latents are not finite, and in bundles of older versions. `versions` says what wrote the
+    bundle. `files` lists every file but bundle.json, by its path with `/`; a `BundleWriter` fills it in.
     """
 
     schema: int
@@ -173,6 +174,10 @@ class Manifest(Record):
             raise ValueError("there should be tokenizers, all of one length")
         if self.history < 0:
             raise ValueError(f"history is {self.history}: it cannot be negative")
+        if self.preview is not None and len(self.preview.matrix) != self.latent.channels:
+            raise ValueError(
+                f"preview has {len(self.preview.matrix)} rows for {self.latent.channels} channels of latents"
+            )
         for path in (*self.files, *self.required()):
             check_relative(path)
 

@@ -33,6 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", metavar="N|N-M", help="pictures in a batch, from N to M (1)")
     parser.add_argument(
+        "--chunks",
+        metavar="N",
+        type=int,
+        help="most chunks of 77 tokens in a prompt, for --long-prompts (1; both TensorRTs)",
+    )
+    parser.add_argument(
         "--target",
         metavar="CC,...",
         help="compute capabilities to compile for, as in 8.9,12.0 (8.0 and newer; tensorrt-rtx)",
@@ -80,11 +86,14 @@ def _tensorrt(options: argparse.Namespace) -> Options | None:
     """The options of the TensorRT family, None if there are none."""
     from allaprima.engine import Options
 
-    if (options.target, options.workspace, options.level, options.refit) == (None, None, None, False):
+    given = options.target, options.workspace, options.level, options.refit, options.chunks
+    if given == (None, None, None, False, None):
         return None
     targets = tuple(word.strip() for word in options.target.split(",")) if options.target is not None else ()
     workspace = None if options.workspace is None else options.workspace * 2**20
-    return Options(targets, workspace, options.level, options.refit)
+    return Options(
+        targets, workspace, options.level, options.refit, 1 if options.chunks is None else options.chunks
+    )
 
 
 def _to_json(built: Built) -> dict[str, Any]:

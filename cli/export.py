@@ -32,6 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--allow-pickle", action="store_true", help="open a .ckpt, if you trust where it comes from"
     )
     parser.add_argument(
+        "--thresholding",
+        action="store_true",
+        help="make dynamic thresholding possible, if the checkpoint's scheduler does not ask for it",
+    )
+    parser.add_argument(
         "--preset",
         metavar="NAME",
         help="how a distilled model is sampled: turbo, lightning, lcm or tcd (default: as its files say)",
@@ -59,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
             name=options.name,
             overwrite=options.force,
             single=SingleFile(options.tokenizer, options.prediction, options.allow_pickle),
+            thresholding=options.thresholding,
             usage=Usage(options.preset, options.steps, options.guidance),
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )

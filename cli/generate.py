@@ -5,12 +5,22 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from allaprima.cli.output import add_json, add_quiet, print_json, print_warnings, progress_bar
+from allaprima.bundle import open_bundle, resolve
+from allaprima.cli.output import (
+    add_json,
+    add_quiet,
+    parse_size,
+    print_json,
+    print_warnings,
+    progress_bar,
+)
+from allaprima.cli.sampling import add_sampling, read_sampling
+from allaprima.cli.xl import add_xl, for_refiner, joined, read_xl
 
 if TYPE_CHECKING:
-    from allaprima.runtime import Result
+    from allaprima.runtime import Progress, Result
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to paint")
     _add_painting(parser)
     _add_pictures(parser)
+    add_sampling(parser)
+    add_xl(parser)
     parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
@@ -40,6 +52,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         default="picture.png",
         help="numbered if there are several (picture.png)",
+    )
+    parser.add_argument(
+        "--preview",
+        metavar="FILE",
+        help="a small picture of what is being painted, meanwhile (picture.preview.png)",
+    )
+    parser.add_argument(
+        "--preview-every", metavar="N", type=int, help="write it after every N steps (with --preview: 1)"
     )
     parser.add_argument(
         "--no-safety-checker", action="store_true", help="do not let the model's safety checker look"
@@ -58,7 +78,7 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", metavar="NAME", help="see: allaprima samplers")
     parser.add_argument("--seed", metavar="N", type=int, help="of the first picture (default: random)")
     parser.add_argument(
-        "--size", metavar="WxH", type=_parse_size, default=(None, None), help="in pixels, as 768x512"
+        "--size", metavar="WxH", type=parse_size, default=(None, None), help="in pixels, as 768x512"
     )
     parser.add_argument(
         "-n", "--num-images", metavar="N", type=int, default=1, help="each with the next seed"
@@ -100,47 +120,67 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Paint, save, and say where."""
-    from allaprima.runtime import Pipeline, check_writable, save_image
+    from allaprima.runtime import Pipeline, check_writable, save_image, save_preview
 
     paths = _name_outputs(Path(options.output), options.num_images)
-    for path in paths:
+    every, small = _previews(options)
+    for path in (*paths, *small):
         check_writable(path)
-    width, height = options.size
-    with (
-        Pipeline.open(
-            options.bundle,
-            backend=options.backend,
-            precision=options.precision,
-            threads=options.threads,
-            safety_checker=not options.no_safety_checker,
-        ) as pipeline,
-        progress_bar(quiet=options.quiet) as report,
-    ):
-        result = pipeline.generate(
-            options.prompt,
-            negative_prompt=options.negative_prompt,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            sampler=options.sampler,
-            seed=options.seed,
-            height=height,
-            width=width,
-            num_images=options.num_images,
-            eta=options.eta,
-            long_prompts=options.long_prompts,
-            prompt_weights=options.prompt_weights,
-            clip_skip=options.clip_skip,
-            guidance_rescale=options.guidance_rescale,
-            image=options.image,
-            strength=options.strength,
-            variation_seed=options.variation_seed,
-            variation_strength=options.variation_strength,
-            mask=options.mask,
-            callback=lambda progress: report(progress.stage, progress.step, progress.total),
-        )
+    asked = _asked(options)
+    if options.refiner is not None:
+        open_bundle(resolve(options.refiner))  # before the base has painted for nothing
+    with progress_bar(quiet=options.quiet) as report:
+
+        def callback(progress: Progress) -> None:
+            report(progress.stage, progress.step, progress.total)
+            # None where none is due.
+            for path, image in zip(small, progress.previews, strict=False):
+                save_preview(image, path)
+
+        def paint(bundle: str, request: dict[str, Any]) -> Result:
+            with Pipeline.open(
+                bundle,
+                backend=options.backend,
+                precision=options.precision,
+                threads=options.threads,
+                safety_checker=not options.no_safety_checker,
+            ) as pipeline:
+                return pipeline.generate(**request, callback=callback, preview_every=every)
+
+        result = paint(options.bundle, asked)
+        if options.refiner is not None:
+            result = joined(result, paint(options.refiner, for_refiner(options, asked, result)))
     for path, image, parameters in zip(paths, result.images, result.parameters, strict=True):
         save_image(image, path, parameters)
     _tell(options, paths, result)
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the request."""
+    width, height = options.size
+    return {
+        "prompt": options.prompt,
+        "negative_prompt": options.negative_prompt,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "sampler": options.sampler,
+        "seed": options.seed,
+        "height": height,
+        "width": width,
+        "num_images": options.num_images,
+        "eta": options.eta,
+        "long_prompts": options.long_prompts,
+        "prompt_weights": options.prompt_weights,
+        "clip_skip": options.clip_skip,
+        "guidance_rescale": options.guidance_rescale,
+        "image": options.image,
+        "strength": options.strength,
+        "variation_seed": options.variation_seed,
+        "variation_strength": options.variation_strength,
+        "mask": options.mask,
+        "sampling": read_sampling(options),
+        **read_xl(options),
+    }
 
 
 def _tell(options: argparse.Namespace, paths: list[Path], result: Result) -> None:
@@ -159,11 +199,14 @@ def _tell(options: argparse.Namespace, paths: list[Path], result: Result) -> Non
         print(f"{result.timings['total']:.2f} s on {parameters.backend} in {parameters.precision}")
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    width, separator, height = text.lower().partition("x")
-    if not (separator and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size: write WIDTHxHEIGHT in pixels, as 768x512")
-    return int(width), int(height)
+def _previews(options: argparse.Namespace) -> tuple[int | None, list[Path]]:
+    """After how many steps previews are written, None for never, and where."""
+    if options.preview is None and not options.preview_every:
+        return None, []
+    output = Path(options.output)
+    path = output.with_stem(f"{output.stem}.preview") if options.preview is None else Path(options.preview)
+    every = 1 if options.preview_every is None else options.preview_every
+    return every, _name_outputs(path, options.num_images)
 
 
 def _name_outputs(output: Path, count: int) -> list[Path]:

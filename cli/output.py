@@ -90,3 +90,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """The option --quiet."""
     parser.add_argument("-q", "--quiet", action="store_true", help="write nothing but errors")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of "768x512"; argparse's error for anything else."""
+    width, separator, height = text.lower().partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size: write WIDTHxHEIGHT in pixels, as 768x512")
+    return int(width), int(height)

@@ -18,12 +18,14 @@ class Options:
     """How a plan is built. `workspace` in bytes and `level` (0 to 5) None are the builder's defaults.
 
     `targets` are compute capabilities, none is Ampere and newer. `refit`: the weights can be changed later.
+    `chunks` is the most that a prompt may have, where the graph takes several.
     """
 
     targets: tuple[str, ...] = ()
     workspace: int | None = None
     level: int | None = None
     refit: bool = False
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -36,6 +38,8 @@ class Options:
             raise RequestError(f"optimisation level {self.level}: choose 0 to 5")
         if self.workspace is not None and self.workspace < 1:
             raise RequestError(f"a workspace of {self.workspace} bytes: give at least 1")
+        if self.chunks < 1:
+            raise RequestError(f"prompts of {self.chunks} chunks: give at least 1")
 
     def for_targets(self, targets: tuple[str, ...]) -> Options:
         """The same for these compute capabilities."""

@@ -35,19 +35,20 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def plan_profiles(
-    bundle: Bundle, sizes: Sequence[Size] = (), batch: tuple[int, int] = (1, 1)
+    bundle: Bundle, sizes: Sequence[Size] = (), batch: tuple[int, int] = (1, 1), chunks: int = 1
 ) -> dict[str, tuple[Profile, ...]]:
     """Narrow profiles for every component, one per picture size, and within it one for a single picture.
 
     One profile that spans everything costs 13 to 31 % of the speed in NVIDIA's own measurements, so every
     size has its own; batches share one, from the second picture on. The denoiser runs with and without
     guidance (two branches or one), the text encoder takes the prompts of all branches, and the autoencoder
-    one picture at a time, as the runtime does. Prompts are of one chunk.
+    one picture at a time, as the runtime does. Prompts of one chunk are what a profile serves best.
 
     Args:
         bundle: whose graphs are to be compiled.
         sizes: width and height of pictures in pixels; none is the bundle's default.
         batch: the smallest and largest number of pictures in a batch.
+        chunks: the most that a prompt may have.
 
     Raises:
         RequestError: a size that is not a multiple of what the model needs.
@@ -57,7 +58,8 @@ def plan_profiles(
     for size in chosen:
         _check_size(size, manifest.latent)
     return {
-        name: _plan(component, chosen, batch, manifest) for name, component in manifest.components.items()
+        name: _plan(component, chosen, batch, chunks, manifest)
+        for name, component in manifest.components.items()
     }
 
 
@@ -79,7 +81,7 @@ def fixed_profiles(bundle: Bundle, sizes: Sequence[Size], batch: int) -> dict[st
 
 
 def _plan(
-    component: Component, sizes: Sequence[Size], batch: tuple[int, int], manifest: Manifest
+    component: Component, sizes: Sequence[Size], batch: tuple[int, int], chunks: int, manifest: Manifest
 ) -> tuple[Profile, ...]:
     axes = _axes(component)
     if "H" not in axes:
@@ -91,7 +93,7 @@ def _plan(
         h, w = height // latent.downscale, width // latent.downscale
         for counts in lanes:
             extents = {"B": counts, "G": (1, 2, 2), "H": (h, h, h), "W": (w, w, w)}
-            extents["L"] = (length, length, length)
+            extents["L"] = (length, length, chunks * length)
             profiles.append(Profile({axis: extents[axis] for axis in axes}))
     return tuple(profiles)
 

@@ -133,14 +133,15 @@ class TensorRT:
         self._bundle, self._backend = bundle, backend
         self._version = version(backend)
         options.check(backend)
-        self.profiles = plan_profiles(bundle, sizes, batch)
+        self.profiles = plan_profiles(bundle, sizes, batch, options.chunks)
         if FLAVOURS[backend].ahead_of_time:
             self._options = options.for_targets(options.targets or AMPERE_AND_NEWER)
             self._device = "compute capability " + ", ".join(self._options.targets)
         else:
             self._options, self._device = options, str(current_device())
         for name, component in bundle.manifest.components.items():
-            if precision not in (None, "auto", component.precision):
+            kept = precision == "fp16" and component.overflows_fp16
+            if precision not in (None, "auto", component.precision) and not kept:
                 raise BackendError(
                     f"{backend} compiles {name} in the precision it was exported in, {component.precision}, "
                     f"not in {precision}: export with --precision {precision}"

@@ -69,6 +69,8 @@ def _draw(
         return random.uniform(0, 999, shape).astype(np.float32)
     if spec.name == "time_ids":
         return random.integers(0, 1024, shape).astype(np.float32)
+    if spec.name == "thresholds":
+        return np.stack([np.full(shape[0], 0.9), np.full(shape[0], 1.5)], axis=1).astype(np.float32)
     if spec.name == "bounds":
         return np.full(shape, 3e38, np.float32)
     return random.standard_normal(shape).astype(spec.dtype)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest
+from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest, Preview
 from allaprima.export import parity, safety
 from allaprima.export.configuration import write_tokenizer
 from allaprima.export.family import HISTORY, Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.presets import Usage
+from allaprima.export.preview import Floats, fit_preview
+from allaprima.export.segments import Arrays, run_graph
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
@@ -43,6 +47,7 @@ def export_checkpoint(
     name: str | None = None,
     overwrite: bool = False,
     single: SingleFile | None = None,
+    thresholding: bool = False,
     usage: Usage | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
@@ -56,6 +61,8 @@ def export_checkpoint(
         name: what the bundle calls itself; by default the target's folder name.
         overwrite: replace an existing bundle.
         single: what a single file does not say; None is the usual.
+        thresholding: give the denoiser dynamic thresholding, for the scheduler option of that name, even if
+            the checkpoint's own scheduler does not ask for it.
         usage: the defaults that pictures are painted with; None is the checkpoint's own.
         progress: called before each stage.
 
@@ -69,7 +76,7 @@ def export_checkpoint(
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
     ):
-        family = (usage or Usage()).apply(read_family(checkpoint))
+        family = (usage or Usage()).apply(read_family(checkpoint, thresholding=thresholding))
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
@@ -91,7 +98,19 @@ def _export(
         for part, make in plans.items()
     }
     stages.enter("seal")
-    return writer.commit(_manifest(family, name, precision, components))
+    preview = _fit_preview(writer.folder, components["vae_encoder"], family)
+    return writer.commit(_manifest(family, name, precision, components, preview))
+
+
+def _fit_preview(folder: Path, encoder: Component, family: Family) -> Preview | None:
+    """The graph that was just written looks at drawn pictures; it takes no more than its check did."""
+
+    def encode(images: Sequence[Floats]) -> list[NDArray[np.generic]]:
+        batches: list[Arrays] = [{"image": image} for image in images]
+        made = run_graph(folder / encoder.graph, batches, widen=encoder.precision == "bf16")
+        return [each["mean"] for each in made]
+
+    return fit_preview(encode, family.latent)
 
 
 @contextmanager
@@ -147,7 +166,13 @@ def _extents(family: Family) -> list[Mapping[str, int]]:
     ]
 
 
-def _manifest(family: Family, name: str, precision: str, components: Mapping[str, Component]) -> Manifest:
+def _manifest(
+    family: Family,
+    name: str,
+    precision: str,
+    components: Mapping[str, Component],
+    preview: Preview | None,
+) -> Manifest:
     libraries = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
     return Manifest(
         schema=SCHEMA,
@@ -159,7 +184,7 @@ def _manifest(family: Family, name: str, precision: str, components: Mapping[str
         zero_negative=family.zero_negative,
         scheduler=family.scheduler,
         latent=family.latent,
-        preview=None,
+        preview=preview,
         defaults=family.defaults,
         history=HISTORY,
         versions={

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from allaprima.export.update import VARIANCE, advance, per_sample
+
 CHANNELS = ("mask", "masked_image_latents")
 """Conditions that are further channels of the sample, in this order."""
 ADDED = ("text_embeds", "time_ids")
@@ -25,12 +27,29 @@ class Denoiser(torch.nn.Module):
     - time_ids [G*B,N]: sizes and crops as numbers, of which sinusoids are made in float32
     - timestep_cond [G*B,D4]: an embedding of the guidance scale, for models that were distilled with it
     - mask [B,1,H,W], masked_image_latents [B,C,H,W]: for models of inpainting
+
+    `options` likewise names inputs that come after those:
+
+    - thresholds [B,2]: ratio and most of dynamic thresholding, in place of the clamp unless ratio is negative
+    - from_limited [B,2]: r and s of prediction = r*sample + s*limited, where limited is what is left of raw
+    - learned_variance [B,2]: d and e, if the UNet makes 2C channels. The last C of them, v, tell the variance
+      of the noise, which counts u2*exp(d*v) + e*sqrt(v). With guidance v is that of the last branch or, as
+      pipelines differ, with `guided_variance` that of all branches together.
     """
 
-    def __init__(self, unet: torch.nn.Module, conditions: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        conditions: Sequence[str] = (),
+        options: Sequence[str] = (),
+        *,
+        guided_variance: bool = False,
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.conditions = tuple(conditions)
+        self.options = tuple(options)
+        self.guided_variance = guided_variance
 
     def forward(
         self,
@@ -57,32 +76,39 @@ class Denoiser(torch.nn.Module):
             input_scale: c_in, [B].
             guidance: weight of each branch, [G,B]; classifier-free guidance with scale s has the rows 1-s
                 and s.
-            to_prediction: p and q of `prediction = p*sample + q*output`, [B,2].
-            bounds: the prediction is clamped to ±bounds, [B]; 3e38 leaves it alone.
-            update: [B,3+S], `next = u0*sample + u1*prediction + u2*noise + sum_k u(3+k)*history_k`.
+            to_prediction: p and q of raw = p*sample + q*output, [B,2].
+            bounds: the prediction is raw, clamped to ±bounds, [B]; 3e38 leaves it alone.
+            update: [B,4+S], next = u0*sample + u1*prediction + u2*noise + sum_k u(3+k)*history_k +
+                u(3+S)*raw.
             encoder_hidden_states: conditions, branch-major, [G*B,L,D].
             guidance_rescale: share phi of the guided output that is rescaled to the standard deviation of the
                 last branch's, [B]; up to 0 leaves it alone.
-            conditions: those that were named.
+            conditions: those that were named, then the options.
 
         Returns:
             next_sample [B,C,H,W] and next_history [S,B,C,H,W], the new prediction in front.
         """
-        named = dict(zip(self.conditions, conditions, strict=True))
-        scaled = sample * _per_sample(input_scale)
+        named = dict(zip((*self.conditions, *self.options), conditions, strict=True))
+        scaled = sample * per_sample(input_scale)
         widened = torch.cat([scaled, *(named[name] for name in CHANNELS if name in named)], dim=1)
         outputs = self._predict(widened, timestep, guidance, encoder_hidden_states, named)
-        guided = _rescale((outputs * _per_sample(guidance)).sum(0), outputs[-1], guidance_rescale)
-        prediction = _per_sample(to_prediction[:, 0]) * sample + _per_sample(to_prediction[:, 1]) * guided
-        limit = _per_sample(bounds)
-        prediction = torch.maximum(torch.minimum(prediction, limit), -limit)
-        next_sample = (
-            _per_sample(update[:, 0]) * sample
-            + _per_sample(update[:, 1]) * prediction
-            + _per_sample(update[:, 2]) * noise
-            + (_per_sample(update[:, 3:].transpose(0, 1)) * history).sum(0)
-        )
-        return next_sample, torch.cat([prediction.unsqueeze(0), history[:-1]])
+        guided, variance = self._guide(outputs, guidance, guidance_rescale, sample.shape[1])
+        row = {"to_prediction": to_prediction, "bounds": bounds, "update": update}
+        row |= {name: named[name] for name in self.options}
+        return advance(sample, history, noise, guided, variance, row)
+
+    def _guide(
+        self, outputs: Tensor, guidance: Tensor, share: Tensor, channels: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output [B,C,H,W] of all branches together, and the variance that goes with it."""
+        learned = VARIANCE[0] in self.options
+        variance = None
+        if learned and not self.guided_variance:
+            variance, outputs = outputs[-1, :, channels:], outputs[:, :, :channels]
+        guided = _rescale((outputs * per_sample(guidance)).sum(0), outputs[-1], share)
+        if learned and self.guided_variance:
+            guided, variance = guided[:, :channels], guided[:, channels:]
+        return guided, variance
 
     def _predict(
         self, sample: Tensor, timestep: Tensor, guidance: Tensor, states: Tensor, named: dict[str, Tensor]
@@ -118,15 +144,10 @@ def _rescale(guided: Tensor, prompted: Tensor, share: Tensor) -> Tensor:
     Selected rather than multiplied by zero, because the factor is not finite where all of `guided` is equal.
     """
     factor = share * (_deviation(prompted) / _deviation(guided)) + (1 - share)
-    return guided * _per_sample(torch.where(share > 0, factor, torch.ones_like(factor)))
+    return guided * per_sample(torch.where(share > 0, factor, torch.ones_like(factor)))
 
 
 def _deviation(values: Tensor) -> Tensor:
     """The standard deviation of every sample, [B]."""
     axes = (1, 2, 3)
     return (values - values.mean(axes, keepdim=True)).square().mean(axes).sqrt()
-
-
-def _per_sample(values: Tensor) -> Tensor:
-    """Append the axes C, H, W, so that [..., B] multiplies [..., B,C,H,W]."""
-    return values.reshape(*values.shape, 1, 1, 1)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LARGEST = 60000.0
+"""More than any mean of a picture's values; fp16 has it."""
+
 
 class TextEncoder(torch.nn.Module):
     """CLIP's text transformer: input_ids int64 [B,L] to last_hidden_state float32 [B,L,D].
@@ -35,18 +38,30 @@ class TextEncoder(torch.nn.Module):
 
 
 class ImageDecoder(torch.nn.Module):
-    """Latents to pictures: sample float32 [B,C,H,W] to image uint8 [B,height,width,3]."""
+    """Latents to pictures: sample float32 [B,C,H,W] to image uint8 [B,height,width,3].
+
+    Beside it finite float32 [B], 1 or 0: what is infinite or not a number would be lost in 8 bits.
+    """
 
     def __init__(self, vae: torch.nn.Module, scaling_factor: float) -> None:
         super().__init__()
         self.vae, self.scaling_factor = vae, scaling_factor
 
-    def forward(self, sample: Tensor) -> Tensor:
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Undo the latent scaling, decode, and round to 8 bits as the reference does (half to even)."""
         latents = (sample / self.scaling_factor).to(next(self.vae.parameters()).dtype)
         decoded = self.vae.decode(latents, return_dict=False)[0].float()  # type: ignore[operator]
         levels = torch.round((decoded / 2 + 0.5).clamp(0, 1) * 255)
-        return levels.permute(0, 2, 3, 1).to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).to(torch.uint8), _finite(decoded)
+
+
+def _finite(pictures: Tensor) -> Tensor:
+    """1 for each of [B,C,H,W] whose values are all finite, else 0, in operators that every backend has.
+
+    A sum keeps what a maximum may lose. One axis at a time, no sum leaves even the range of fp16.
+    """
+    size = pictures.abs().mean(3).mean(2).mean(1)
+    return (size <= _LARGEST).to(torch.float32)  # not so for what is not a number
 
 
 class ImageEncoder(torch.nn.Module):

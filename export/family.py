@@ -14,6 +14,7 @@ from allaprima.export.denoiser import Denoiser
 from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
 from allaprima.export.graph import GraphPlan
 from allaprima.export.source import Checkpoint
+from allaprima.export.update import OPTIONS
 
 HISTORY = 4
 """S: what the longest multistep samplers (PLMS, LMS of order 4) look back on."""
@@ -43,7 +44,8 @@ class Family:
     """A checkpoint's facts, read from its configuration files before any weights are loaded.
 
     `texts` are the text encoders by component, `conditions` the shapes of what the UNet takes beyond the
-    first one's states (see `denoiser.Denoiser`). `wide`: the autoencoder's values leave the range of fp16.
+    first one's states, `options` what else its graph can (see `denoiser.Denoiser`). `wide`: the autoencoder's
+    values leave the range of fp16.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +54,7 @@ class Family:
     conditions: Mapping[str, Shape]
     scheduler: Mapping[str, Any]
     defaults: Defaults
+    options: tuple[str, ...] = ()
     zero_negative: bool = False
     wide: bool = False
 
@@ -120,10 +123,11 @@ class Family:
             "guidance": ("G", "B"),
             "to_prediction": ("B", 2),
             "bounds": ("B",),
-            "update": ("B", 3 + HISTORY),
+            "update": ("B", 4 + HISTORY),
             "encoder_hidden_states": ("G*B", "L", next(iter(self.texts.values())).width),
             "guidance_rescale": ("B",),
             **self.conditions,
+            **{name: ("B", OPTIONS[name]) for name in self.options},
         }
         specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
         # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.
@@ -133,7 +137,13 @@ class Family:
         dims |= {axis: factor * torch.export.Dim(axis.lower(), min=1, max=4096) for axis in ("H", "W")}
         return GraphPlan(
             name="denoiser",
-            module=Denoiser(self.checkpoint.load("unet", dtype), tuple(self.conditions)),
+            # diffusers' pipelines of Stable Diffusion guide all that the UNet makes.
+            module=Denoiser(
+                self.checkpoint.load("unet", dtype),
+                tuple(self.conditions),
+                self.options,
+                guided_variance=True,
+            ),
             example={spec.name: torch.randn(spec.resolve(sizes)) for spec in specs},
             axes={
                 spec.name: {k: dims[axis] for k, axis in enumerate(spec.shape) if isinstance(axis, str)}
@@ -156,7 +166,10 @@ class Family:
             example={"sample": torch.randn(2, self.latent.channels, 6, 10)},
             axes={"sample": {0: "B", 2: "H", 3: "W"}},
             inputs=(TensorSpec("sample", "float32", ("B", self.latent.channels, "H", "W")),),
-            outputs=(TensorSpec("image", "uint8", ("B", f"{scale}*H", f"{scale}*W", 3)),),
+            outputs=(
+                TensorSpec("image", "uint8", ("B", f"{scale}*H", f"{scale}*W", 3)),
+                TensorSpec("finite", "float32", ("B",)),
+            ),
         )
 
     def _vae_encoder(self, dtype: torch.dtype) -> GraphPlan:

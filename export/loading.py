@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from allaprima.bundle import ExportError
+from allaprima.export.completeness import check_completeness
 from allaprima.export.weights import open_weights
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 """What the libraries call a model's weights; those in several files have an index beside them."""
+
+Loaded = tuple[Any, Iterable[str], Iterable[str]]
+"""A model, the names of weights that it lacks, and of those that it has no place for."""
 
 
 def load_model(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -21,21 +26,19 @@ def load_model(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     The libraries map old names, tie weights and compute buffers, as in their `from_pretrained`.
 
     Raises:
-        ExportError: files that are missing, are damaged, or lack weights.
+        ExportError: files that are missing or damaged, or tensors that are not those of the model.
         Exception: whatever the library makes of a wrong configuration.
     """
     import diffusers
 
     load = _load_diffusers if issubclass(kind, diffusers.ModelMixin) else _load_transformers
-    model, missing = load(kind, folder, dtype)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ExportError(f"it lacks {', '.join(sorted(missing)[:3])}{more}")
+    model, missing, unexpected = load(kind, folder, dtype)
+    check_completeness(missing, unexpected)
     module: torch.nn.Module = model.eval().requires_grad_(False)
     return module
 
 
-def _load_diffusers(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _load_diffusers(kind: Any, folder: Path, dtype: torch.dtype) -> Loaded:
     import accelerate
 
     weights = open_weights(_files(folder, DIFFUSERS))
@@ -48,10 +51,12 @@ def _load_diffusers(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, l
         for name, weight in weights.items()
     }
     loaded = model.load_state_dict(cast, strict=False, assign=True)
-    return model, loaded.missing_keys
+    return model, loaded.missing_keys, loaded.unexpected_keys
 
 
-def _load_transformers(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _load_transformers(
+    kind: Any, folder: Path, dtype: torch.dtype
+) -> tuple[Any, Iterable[str], Iterable[str]]:
     model, report = kind.from_pretrained(
         None,
         config=kind.config_class.from_pretrained(folder, local_files_only=True),
@@ -59,7 +64,7 @@ def _load_transformers(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any
         dtype=dtype,
         output_loading_info=True,
     )
-    return model, list(report["missing_keys"])
+    return model, report["missing_keys"], report["unexpected_keys"]
 
 
 def _files(folder: Path, name: str) -> list[Path]:

@@ -111,6 +111,8 @@ def _draw(
         return random.integers(0, 1024, shape).astype(np.float32)
     if spec.name == "image":
         return random.uniform(-1, 1, shape).astype(np.float32)
+    if spec.name == "thresholds":
+        return np.stack([np.full(shape[0], 0.9), np.full(shape[0], 1.5)], axis=1).astype(np.float32)
     if spec.name == "bounds":
         return np.where(random.random(shape) < 0.5, 1.5, 3e38).astype(np.float32)
     return random.standard_normal(shape).astype(np.float32)

@@ -66,7 +66,7 @@ class Checkpoint:
         """The model of one part in `dtype`, ready to trace; its weights stay on disk (see `StoredTensor`).
 
         Raises:
-            ExportError: as `check`, or files that are broken or lack weights.
+            ExportError: as `check`, or files that are broken, or tensors that are not those of the model.
         """
         kind, folder = self.check(part), self.folder / part
         try:

@@ -9,6 +9,7 @@ from allaprima.bundle import ExportError, Latent
 from allaprima.export.configuration import levels, read_defaults, read_scheduler, read_tokenizer, whole
 from allaprima.export.family import Family, Shape, TextModel
 from allaprima.export.source import Checkpoint
+from allaprima.export.update import THRESHOLDING, VARIANCE
 
 _TASKS = ("", "Img2Img", "Inpaint")
 FIRST = tuple(f"StableDiffusion{task}Pipeline" for task in _TASKS)
@@ -19,8 +20,10 @@ USUAL = {FIRST: (50, 7.5), LARGE: (50, 5.0), CONSISTENCY: (4, 8.5)}
 """Steps and guidance scale that diffusers' pipelines take if nobody says."""
 
 
-def read_family(checkpoint: Checkpoint) -> Family:
+def read_family(checkpoint: Checkpoint, *, thresholding: bool = False) -> Family:
     """Read and check the configuration of a Stable Diffusion checkpoint.
+
+    `thresholding` asks for a denoiser that can threshold, even if the checkpoint's scheduler does not.
 
     Raises:
         ExportError: another pipeline class, or a configuration that this family's graphs cannot express.
@@ -43,13 +46,16 @@ def read_family(checkpoint: Checkpoint) -> Family:
     if "clip_sample" not in given:
         # The default of other classes, from which another sampler may be chosen, is made for pixels.
         forced["clip_sample"] = False
+    scheduler = read_scheduler(checkpoint, forced)
+    learned = unet["out_channels"] == 2 * channels
     usual = next(numbers for names, numbers in USUAL.items() if checkpoint.pipeline in names)
     return Family(
         checkpoint=checkpoint,
         latent=latent,
         texts=texts,
         conditions=conditions,
-        scheduler=read_scheduler(checkpoint, forced),
+        options=THRESHOLDING * bool(thresholding or scheduler.get("thresholding")) + VARIANCE * learned,
+        scheduler=scheduler,
         defaults=read_defaults(checkpoint, unet, latent, *usual),
         zero_negative=large and bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
         wide=large and bool(vae.get("force_upcast", True)),
@@ -103,9 +109,10 @@ def _read_conditions(
     if unet.get("time_cond_proj_dim"):
         conditions["timestep_cond"] = "G*B", whole(unet, "unet", "time_cond_proj_dim")
     taken, made = (whole(unet, "unet", f"{side}_channels") for side in ("in", "out"))
-    if made != channels:
+    if made not in (channels, 2 * channels):
         raise ExportError(
-            f"the UNet makes {made} channels of {channels}: learned variances are not supported yet"
+            f"the UNet makes {made} channels of {channels}: it should make as many, or twice as many with a "
+            "learned variance"
         )
     if taken == 2 * channels + 1:
         conditions["mask"] = "B", 1, "H", "W"

@@ -1,10 +1,11 @@
 """Painting: a bundle, a backend and a prompt in, pictures out. Needs NumPy, Pillow and tokenizers only."""
 
 from allaprima.runtime.backends import BackendInfo, Decision, backends, choose, decide, open_session
-from allaprima.runtime.image import check_writable, read_parameters, save_image
+from allaprima.runtime.image import check_writable, read_parameters, save_image, save_preview
 from allaprima.runtime.pipeline import Pipeline
 from allaprima.runtime.request import Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result
+from allaprima.runtime.sampling import Sampling
 from allaprima.runtime.session import Binding, Session
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Progress",
     "Request",
     "Result",
+    "Sampling",
     "Session",
     "Settings",
     "backends",
@@ -25,4 +27,5 @@ __all__ = [
     "open_session",
     "read_parameters",
     "save_image",
+    "save_preview",
 ]

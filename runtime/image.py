@@ -50,11 +50,25 @@ def save_image(image: Image.Image, path: str | Path, parameters: Parameters) -> 
     Raises RequestError as `check_writable`, or if the disk refuses.
     """
     check_writable(path)
+    kind = FORMATS[Path(path).suffix.lower()]
+    _write(image, path, **_options(kind, parameters))
+
+
+def save_preview(image: Image.Image, path: str | Path) -> None:
+    """Save a small picture of one that is being painted, over the one before; it does not say how it is made.
+
+    Raises RequestError as `save_image`.
+    """
+    check_writable(path)
+    _write(image, path)
+
+
+def _write(image: Image.Image, path: str | Path, **options: Any) -> None:
+    """Whole or not at all: to another name first."""
     path = Path(path)
-    kind = FORMATS[path.suffix.lower()]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        image.save(partial, format=kind, **_options(kind, parameters))
+        image.save(partial, format=FORMATS[path.suffix.lower()], **options)
         partial.replace(path)
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -95,6 +109,7 @@ def describe(parameters: Parameters) -> str:
         "Size": f"{p.width}x{p.height}",
         **({} if p.strength is None else {"Denoising strength": f"{p.strength:g}"}),
         **_variation(p),
+        **({} if p.refiner is None else {"Refiner": p.refiner, "Refiner switch at": f"{p.denoising_end:g}"}),
         "Model": p.bundle,
         "Version": f"allaprima {p.version}",
     }

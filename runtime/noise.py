@@ -11,6 +11,7 @@ Bit-equal to PyTorch on x86-64 with AVX2 or newer; other CPUs round differently 
 
 import math
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +96,21 @@ class Noise:
         radius, angle = math.sqrt(-2.0 * math.log1p(-u2)), 2.0 * math.pi * u1
         self._partner = radius * math.sin(angle)
         return radius * math.cos(angle)
+
+
+class Draws:
+    """The noise of a run, call by call: each picture has its stream."""
+
+    def __init__(self, streams: Sequence[Noise]) -> None:
+        self._streams = streams
+        self._last: list[_F32] = []
+
+    def fill(self, noise: _F32, echo: float) -> None:
+        """Write the next draw of every stream into `noise` [B,...], and `echo` times the draw before it."""
+        fresh = [stream.normal(noise.shape[1:]) for stream in self._streams]
+        for index, values in enumerate(fresh):
+            noise[index] = values + np.float32(echo) * self._last[index] if echo else values
+        self._last = fresh
 
 
 def _box_muller(uniforms: _F32) -> _F32:

@@ -35,7 +35,9 @@ def read_picture(source: Source, name: str = "image") -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             _check_size(opened, what)
             return _to_rgb(opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as cause:
+    except Image.DecompressionBombError as cause:
+        raise RequestError(f"{what} has too many pixels: at most {MOST_PIXELS} are taken") from cause
+    except (OSError, ValueError, SyntaxError) as cause:
         told = cause.strerror if isinstance(cause, OSError) else None
         raise RequestError(f"{what} cannot be read: {told or 'not a picture, or damaged'}") from cause
 

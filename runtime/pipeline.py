@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from allaprima.bundle import (
@@ -25,16 +26,18 @@ from allaprima.bundle import (
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
+from allaprima.runtime.finite import check_latents
 from allaprima.runtime.inpainting import Kept
 from allaprima.runtime.latents import Beginning
-from allaprima.runtime.noise import Noise
+from allaprima.runtime.noise import Draws, Noise
+from allaprima.runtime.preview import Previewer, check_preview
 from allaprima.runtime.request import Options, Request, Settings
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table, take_part
 from allaprima.runtime.session import Session
-from allaprima.runtime.stages import Decoder, Denoiser, Encoder, TextEncoder
+from allaprima.runtime.stages import Decoder, Denoiser, Encoder, TextEncoder, check_table
 from allaprima.runtime.tokenizer import Tokenizer
 
 Callback = Callable[[Progress], None]
@@ -158,26 +161,45 @@ class Pipeline:
         self.close()
 
     def generate(
-        self, prompt: str, *, callback: Callback | None = None, **options: Unpack[Options]
+        self,
+        prompt: str,
+        *,
+        callback: Callback | None = None,
+        preview_every: int | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """Paint pictures; `options` are the fields of a Request, which says what each does.
 
         Image i is painted with seed + i and is the picture that this seed gives alone. `callback` is told
         after every step; if it raises, painting stops, the exception passes through and the pipeline can be
-        used again.
+        used again. After every `preview_every` steps (calls of the model, as `Progress` counts them; None or
+        0 is never) it also gets previews, which cost next to nothing.
 
         Raises RequestError, before anything is painted, or BackendError.
         """
-        return self.paint(Request(prompt, **options), callback=callback)
+        return self.paint(Request(prompt, **options), callback=callback, preview_every=preview_every)
 
-    def paint(self, request: Request, *, callback: Callback | None = None) -> Result:
+    def paint(
+        self, request: Request, *, callback: Callback | None = None, preview_every: int | None = None
+    ) -> Result:
         """As `generate`, for a Request."""
+        try:
+            return self._paint(request, callback, preview_every)
+        except MemoryError as cause:
+            self._denoiser = self._decoder = self._encoder = None
+            raise BackendError(
+                "there is not enough memory for this request: ask for fewer or smaller pictures"
+            ) from cause
+
+    def _paint(self, request: Request, callback: Callback | None, preview_every: int | None) -> Result:
         settings = request.check(self.bundle.manifest)
+        preview = check_preview(preview_every, self.bundle.manifest, heard=callback is not None)
         table = self._plan(settings)
         marks = [perf_counter()]
         with self._exclusive():
             if not self._sessions:
                 raise BackendError("the pipeline is closed: open it again")
+            check_table(table, self._sessions["denoiser"])
             conditioning = plan_conditioning(
                 self._encoders,
                 settings,
@@ -192,8 +214,9 @@ class Pipeline:
             self._encode(denoiser, settings, conditioning)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
-            _denoise(denoiser, table, beginning.streams, kept, callback)
-            self._check_finite(denoiser)
+            previewer = Previewer(preview, preview_every, kept) if preview and preview_every else None
+            _denoise(denoiser, table, beginning.streams, kept, callback, previewer)
+            check_latents(denoiser, self._sessions)
             marks.append(perf_counter())
             latents = denoiser.sample.copy() if settings.output_type == "latent" else None
             images, flagged = self._check_safety(
@@ -223,6 +246,7 @@ class Pipeline:
                 history=manifest.history,
                 eta=settings.eta,
                 begin=begin,
+                **settings.sampling.arguments(),
             )
 
         start, end = settings.denoising_start, settings.denoising_end
@@ -280,14 +304,6 @@ class Pipeline:
             self._encoder = key, Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, *key)
         return self._encoder[1]
 
-    def _check_finite(self, denoiser: Denoiser) -> None:
-        denoiser.pull()
-        if not np.isfinite(denoiser.sample).all():
-            raise BackendError(
-                f"the picture came out as infinite or not-a-number, in {self.precision} with the backend "
-                f"{self.backend}: use a lower guidance_scale, another sampler or a wider precision"
-            )
-
     def _decode(
         self, denoiser: Denoiser, settings: Settings, callback: Callback | None
     ) -> tuple[Image.Image, ...]:
@@ -317,8 +333,9 @@ class Pipeline:
     def _describe(self, settings: Settings, table: Table, index: int) -> Parameters:
         known = {field.name for field in fields(Parameters)}
         given = {name: value for name, value in vars(settings).items() if name in known}
+        chosen = {"sampler": table.sampler, "sampling": settings.sampling.to_json()}
         return Parameters(
-            **{**given, **_seeds(settings, index), "sampler": table.sampler},
+            **{**given, **_seeds(settings, index), **chosen},
             bundle=self.bundle.manifest.name,
             backend=self.backend,
             precision=self.precision,
@@ -334,14 +351,19 @@ def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
 
 
 def _denoise(
-    denoiser: Denoiser, table: Table, streams: list[Noise], kept: Kept | None, callback: Callback | None
+    denoiser: Denoiser,
+    table: Table,
+    streams: list[Noise],
+    kept: Kept | None,
+    callback: Callback | None,
+    previewer: Previewer | None,
 ) -> None:
     total = len(table.timesteps)
+    draws = Draws(streams)
     for row in range(total):
         denoiser.write(table, row)
         if table.draws[row]:
-            for buffer, noise in zip(denoiser.noise, streams, strict=True):
-                buffer[...] = noise.normal(buffer.shape)
+            draws.fill(denoiser.noise, float(table.echoes[row]))
             denoiser.push_noise()
         denoiser.step()
         if kept is not None and table.levels is not None:
@@ -349,12 +371,20 @@ def _denoise(
             level = table.levels[row + 1] if row + 1 < len(table.levels) else (1.0, 0.0)
             kept.put_back(denoiser.sample, *level)
             denoiser.push()
-        _tell(callback, "denoise", row + 1, total, denoiser)
+        if callback is not None:
+            denoiser.pull()
+            previews = () if previewer is None else previewer.paint(denoiser, table, row)
+            callback(Progress("denoise", row + 1, total, _seen(denoiser), previews))
 
 
 def _tell(callback: Callback | None, stage: Stage, step: int, total: int, denoiser: Denoiser) -> None:
     if callback is not None:
         denoiser.pull()
-        sample = denoiser.sample.view()
-        sample.flags.writeable = False
-        callback(Progress(stage, step, total, sample))
+        callback(Progress(stage, step, total, _seen(denoiser)))
+
+
+def _seen(denoiser: Denoiser) -> NDArray[np.float32]:
+    """The latents, which a callback must not change."""
+    sample = denoiser.sample.view()
+    sample.flags.writeable = False
+    return sample

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
-from typing import Literal, TypedDict, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +16,15 @@ from allaprima.runtime import fields
 from allaprima.runtime.inpainting import read_mask
 from allaprima.runtime.micro_conditioning import SCORES, SIZES, MicroConditioning, read_micro_conditioning
 from allaprima.runtime.pictures import Source, fitting_size, read_latents, read_picture
+from allaprima.runtime.samplers import count_steps
+from allaprima.runtime.sampling import Sampling
 
 Latents = NDArray[np.float32]
 OutputType = Literal["pil", "latent"]
 
+MOST_PIXELS = 1 << 28
+"""Of all pictures of a request together, a thousand of 512 x 512: what takes more than a device's memory is
+told when it is known, but no memory is asked for on this scale."""
 STRENGTH = 0.8
 """How much of a picture is painted over if a request does not say."""
 MASKED_STRENGTH = 1.0
@@ -61,6 +67,7 @@ class Settings:
     micro_conditioning: MicroConditioning | None = None
     output_type: OutputType = "pil"
     guidance_embedded: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
 
     @property
     def begin(self) -> int:
@@ -112,6 +119,7 @@ class Options(TypedDict, total=False):
     negative_target_size: tuple[int, int] | None
     negative_aesthetic_score: float | None
     output_type: OutputType
+    sampling: Sampling | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,8 @@ class Request:
     `denoising_end`, between 0 and 1, stops after this share of the noise schedule, and `denoising_start` goes
     on from there with latents: a base model and its refiner. Both count the steps of the whole.
     `original_size` to `negative_aesthetic_score`: see `MicroConditioning`.
+    `sampling` says more of the sampler (see `Sampling`): custom timesteps or sigmas, which say the number of
+    steps, churn, order, and options of the scheduler.
     """
 
     prompt: str
@@ -170,6 +180,7 @@ class Request:
     negative_target_size: tuple[int, int] | None = None
     negative_aesthetic_score: float | None = None
     output_type: OutputType = "pil"
+    sampling: Sampling | Mapping[str, Any] | None = None
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -181,18 +192,19 @@ class Request:
         defaults = manifest.defaults
         picture, latents = self._read_image(manifest)
         height, width = self._size(manifest, picture, latents)
-        steps, guidance = self.num_inference_steps, self.guidance_scale
+        guidance = self.guidance_scale
+        sampler = None if self.sampler is None else fields.text("sampler", self.sampler)
+        sampling = Sampling.read(self.sampling)
         count = fields.whole("num_images", self.num_images, 1)
         _check_count(latents, count)
+        _check_pixels(count, height, width)
         settings = Settings(
             **_texts(self, manifest),  # type: ignore[arg-type]
-            num_inference_steps=fields.whole(
-                "num_inference_steps", defaults.num_inference_steps if steps is None else steps, 1
-            ),
+            num_inference_steps=self._steps(manifest, sampler, sampling),
             guidance_scale=fields.finite(
                 "guidance_scale", defaults.guidance_scale if guidance is None else guidance
             ),
-            sampler=None if self.sampler is None else fields.text("sampler", self.sampler),
+            sampler=sampler,
             seed=_seed(self.seed, count),
             height=height,
             width=width,
@@ -213,11 +225,20 @@ class Request:
             micro_conditioning=read_micro_conditioning(self._sizes(), manifest),
             output_type=_output_type(self.output_type),
             guidance_embedded=_takes(manifest, "timestep_cond"),
+            sampling=sampling,
         )
         _check_steps(settings)
         _check_parts(settings)
         _check_mask(settings, needed=_takes(manifest, "mask"))
         return settings
+
+    def _steps(self, manifest: Manifest, sampler: str | None, sampling: Sampling) -> int:
+        """The number of steps: of a custom schedule, the request, or the bundle."""
+        steps, listed, noisy = self.num_inference_steps, sampling.timesteps, sampling.sigmas
+        if listed is not None or noisy is not None:
+            return count_steps(manifest.scheduler, sampler, steps, timesteps=listed, sigmas=noisy)
+        usual = manifest.defaults.num_inference_steps
+        return fields.whole("num_inference_steps", usual if steps is None else steps, 1)
 
     def _read_image(self, manifest: Manifest) -> tuple[Image.Image | None, Latents | None]:
         if isinstance(self.image, np.ndarray) and self.image.dtype != np.uint8:
@@ -288,6 +309,14 @@ def _check_mask(settings: Settings, *, needed: bool) -> None:
 def _check_count(latents: Latents | None, count: int) -> None:
     if latents is not None and len(latents) not in (1, count):
         raise RequestError(f"num_images is {count}, but there are latents of {len(latents)}: make them equal")
+
+
+def _check_pixels(count: int, height: int, width: int) -> None:
+    if count * height * width > MOST_PIXELS:
+        raise RequestError(
+            f"num_images {count} of {width} x {height} pixels is too much at once: at most {MOST_PIXELS} "
+            "pixels are painted together, so ask for fewer or smaller pictures"
+        )
 
 
 def _check_steps(settings: Settings) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +20,24 @@ class Progress:
     """`step` of `total` in a stage is done.
 
     `sample` is a read-only view of the latents [B,C,H,W], in the sampler's own space; it is overwritten by
-    later steps, so copy what is to be kept.
+    later steps, so copy what is to be kept. `previews` are small pictures of what the model expects to paint,
+    one for each, a pixel for each latent, if they were asked for and are due after this step; no safety
+    checker has looked at them.
     """
 
     stage: Stage
     step: int
     total: int
     sample: NDArray[np.float32]
+    previews: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How one picture was made: enough to make it again. `height` and `width` in pixels."""
+    """How one picture was made: enough to make it again. `height` and `width` in pixels.
+
+    `sampling` holds the fields of Sampling that were given, as JSON has them, and can be handed in again.
+    """
 
     prompt: str
     negative_prompt: str | None
@@ -58,6 +64,8 @@ class Parameters:
     denoising_start: float | None = None
     denoising_end: float | None = None
     micro_conditioning: MicroConditioning | None = None
+    refiner: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from allaprima.bundle import BundleError, Latent, RequestError
+from allaprima.bundle import BackendError, BundleError, Latent, RequestError
 from allaprima.runtime.chunks import Chunk, apply_weights
 from allaprima.runtime.memory import Block, Tensor
 from allaprima.runtime.samplers import Table, idle_row
@@ -18,7 +18,28 @@ from allaprima.runtime.tokenizer import Tokenizer
 Floats = NDArray[np.float32]
 
 RESCALE = "guidance_rescale"
+OPTIONS = {
+    "thresholds": ("thresholding", (-1.0, 1.0)),
+    "from_limited": ("thresholding", (0.0, 1.0)),
+    "learned_variance": ("variance_type", (0.0, 0.0)),
+}
+"""Inputs of a denoiser that only some graphs have: the scheduler option, and the row that changes nothing."""
 POOLED = "text_embeds"
+FINITE = "finite"
+"""The decoder's word, 1 or 0, on the values that it rounds to 8 bits."""
+
+
+def not_finite(component: str, precision: str) -> BackendError:
+    """The error for values that are infinite or not a number: which graph made them, and what to try."""
+    wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(precision)
+    remedies = [f"open the bundle in {wider}, or export the checkpoint so"] if wider else []
+    if component == "denoiser":
+        remedies.append("use a lower guidance_scale or another sampler")
+    damaged = "the weights may be damaged: open the bundle with verify, or export the checkpoint again"
+    return BackendError(
+        f"the {component} made values that are infinite or not-a-number, in {precision}: "
+        + ("; ".join(remedies) or damaged)
+    )
 
 
 class Encoded(NamedTuple):
@@ -103,6 +124,7 @@ class Encoder:
             raise RequestError(
                 "the bundle's image encoder is of an older allaprima: export the checkpoint again"
             )
+        self._precision = session.precision
         shape = 1, latent.channels, height // latent.downscale, width // latent.downscale
         self._image = session.memory.allocate({"image": ((1, 3, height, width), np.float32)})
         self._latents = session.memory.allocate(
@@ -113,13 +135,15 @@ class Encoder:
     def encode(self, image: Floats) -> tuple[Floats, Floats]:
         """Mean and standard deviation [C,H,W] of the latents of an image [1,3,height,width] in [-1,1].
 
-        Valid until the next call. Raises BackendError.
+        Valid until the next call. Raises BackendError, also for values that are not finite.
         """
         self._image.tensors["image"].array[...] = image
         self._image.push()
         self._binding.run()
         self._latents.pull()
         mean, deviation = (self._latents.tensors[name].array[0] for name in ("mean", "deviation"))
+        if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
+            raise not_finite("vae_encoder", self._precision)
         return mean, deviation
 
 
@@ -128,22 +152,44 @@ class Decoder:
 
     def __init__(self, session: Session, latent: Latent, height: int, width: int) -> None:
         """Allocate for pictures of `height` x `width` pixels."""
-        self._memory = session.memory
+        self._memory, self._precision = session.memory, session.precision
         sides = height // latent.downscale, width // latent.downscale
         self._sample = self._memory.allocate({"sample": ((1, latent.channels, *sides), np.float32)})
-        self._image = self._memory.allocate({"image": ((1, height, width, 3), np.uint8)})
+        made: dict[str, tuple[tuple[int, ...], DTypeLike]] = {"image": ((1, height, width, 3), np.uint8)}
+        if FINITE in session.outputs:
+            made[FINITE] = (1,), np.float32
+        self._image = self._memory.allocate(made)
         self._binding = session.bind({**self._sample.tensors, **self._image.tensors})
 
     def decode(self, sample: Tensor) -> NDArray[np.uint8]:
         """The pixels [height,width,3] of a sample [C,H,W] in the session's memory, valid until the next call.
 
-        Raises BackendError.
+        Raises BackendError, also if the graph says that they come of values that are not finite; those of
+        older bundles do not say.
         """
         self._memory.copy(self._sample.tensors["sample"][0], sample)
         self._binding.run()
         self._image.pull()
+        finite = self._image.tensors.get(FINITE)
+        if finite is not None and finite.array[0] != 1:
+            raise not_finite("vae_decoder", self._precision)
         image: NDArray[np.uint8] = self._image.tensors["image"].array[0]
         return image
+
+
+def check_table(table: Table, denoiser: Session) -> None:
+    """RequestError if the denoiser's graph lacks what the table asks for."""
+    for name, (option, _) in OPTIONS.items():
+        if getattr(table, name) is not None and name not in denoiser.inputs:
+            remedy = (
+                "export the checkpoint again with --thresholding"
+                if option == "thresholding"
+                else "its UNet predicts no variance, so take another variance_type, as 'fixed_small'"
+            )
+            raise RequestError(
+                f"sampler {table.sampler!r} with this scheduler option {option} is more than this bundle's "
+                f"denoiser can do: {remedy}, or choose another sampler"
+            )
 
 
 class Denoiser:
@@ -176,8 +222,15 @@ class Denoiser:
     ) -> None:
         """Allocate for `sample` [B,C,H,W], G `branches`, S `history` slots, L = `length` tokens per prompt.
 
-        All lanes are idle at first. Raises BackendError if the session's graph has other shapes.
+        All lanes are idle at first. Raises BundleError if the session's graph is of an older version, or
+        BackendError if it has other shapes.
         """
+        width = session.inputs["update"].shape[-1]
+        if width != 4 + history:
+            raise BundleError(
+                f"the bundle's denoiser is of another version of allaprima (its update has {width} columns, "
+                f"not {4 + history}): export the checkpoint again"
+            )
         lanes, memory = sample[0], session.memory
         state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}
         self._states = memory.allocate(state), memory.allocate(state)
@@ -188,7 +241,8 @@ class Denoiser:
             "guidance": ((branches, lanes), np.float32),
             "to_prediction": ((lanes, 2), np.float32),
             "bounds": ((lanes,), np.float32),
-            "update": ((lanes, 3 + history), np.float32),
+            "update": ((lanes, 4 + history), np.float32),
+            **{name: ((lanes, 2), np.float32) for name in OPTIONS if name in session.inputs},
         }
         if RESCALE in session.inputs:
             row[RESCALE] = (lanes,), np.float32
@@ -257,6 +311,10 @@ class Denoiser:
         """Take the conditions that were written, in place of all that were there."""
         self._conditions.push()
 
+    def pull_conditions(self) -> None:
+        """Bring the conditions, as the next step takes them, into their arrays."""
+        self._conditions.pull()
+
     def pull(self) -> None:
         """Bring sample and history up to date. Waits for all steps taken."""
         self._states[self._source].pull()
@@ -269,6 +327,10 @@ class Denoiser:
         tensors["to_prediction"].array[lanes] = table.to_prediction[row]
         tensors["bounds"].array[lanes] = table.bounds[row]
         tensors["update"].array[lanes] = table.update[row]
+        for name, (_, neutral) in OPTIONS.items():
+            if name in tensors:
+                values = getattr(table, name)
+                tensors[name].array[lanes] = neutral if values is None else values[row]
 
     def step(self) -> None:
         """Take one step in all lanes. Raises BackendError; then the present sample is still the old one."""

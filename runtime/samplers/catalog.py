@@ -11,6 +11,7 @@ from allaprima.runtime.samplers.consistency import LCMOptions, TCDOptions
 from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions, UnCLIPOptions
 from allaprima.runtime.samplers.deis import DEISOptions
 from allaprima.runtime.samplers.dpm import DPMOptions, SinglestepOptions
+from allaprima.runtime.samplers.dpm_sde import DPMSDEOptions
 from allaprima.runtime.samplers.euler import AncestralOptions, EulerOptions
 from allaprima.runtime.samplers.flow import FlowEulerOptions, FlowHeunOptions
 from allaprima.runtime.samplers.heun import HeunOptions, KDPM2Options
@@ -18,6 +19,9 @@ from allaprima.runtime.samplers.lms import LMSOptions
 from allaprima.runtime.samplers.pndm import PNDMOptions
 from allaprima.runtime.samplers.unipc import UniPCOptions
 from allaprima.runtime.schedule import Training
+
+RULES = ("karras", "exponential", "beta")
+"""How sigmas can be spaced by a rule of their own."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class SamplerInfo:
     calls: int = 1
     """How often a step calls the model; where this is 2, the last step does once."""
     noise: Literal["no", "yes", "with eta", "with s_churn"] = "no"
-    """Whether it draws noise after the initial sample, once a step at most."""
+    """Whether it draws noise after the initial sample, once a call at most."""
     history: int = 0
     """How many earlier predictions it needs, in its usual configuration."""
     arguments: tuple[str, ...] = ()
@@ -61,7 +65,8 @@ def listing() -> str:
 def find(sampler: str) -> SamplerInfo:
     """The sampler of a name, whatever its case, spaces, hyphens and underscores.
 
-    A name is the short one, that of the diffusers class (with or without "Scheduler"), or a usual title.
+    A name is the short one, that of the diffusers class (with or without "Scheduler"), or a usual title. With
+    "Karras", "Exponential" or "Beta" after it, it has sigmas by that rule, listed or not.
 
     Raises:
         RequestError: there is none of that name; the message lists those there are.
@@ -69,14 +74,18 @@ def find(sampler: str) -> SamplerInfo:
     wanted = _folded(sampler)
     if wanted in _SPELLINGS:
         return _SPELLINGS[wanted]
-    if wanted.startswith(("dpmppsde", "dpmsolversde")):
-        raise RequestError(
-            f"there is no sampler {sampler!r}: its steps draw noise twice, from a Brownian tree, where a row"
-            " has one noise; choose 'dpmpp_2m_sde'"
-        )
+    for rule in RULES:
+        plain = _SPELLINGS.get(wanted.removesuffix(rule))
+        if plain is not None and f"use_{rule}_sigmas" in plain.options and plain.name == _plain_name(plain):
+            return _spaced(plain, rule)
     close = difflib.get_close_matches(wanted, _SPELLINGS, n=1)
     hint = f"did you mean {_SPELLINGS[close[0]].name!r}? " if close else ""
     raise RequestError(f"there is no sampler {sampler!r}: {hint}The samplers are {listing()}")
+
+
+def _plain_name(info: SamplerInfo) -> str:
+    """Its name without a rule for sigmas."""
+    return re.sub(rf"_({'|'.join(RULES)})$", "", info.name)
 
 
 def _folded(name: str) -> str:
@@ -95,7 +104,7 @@ def _info(
 
 
 def _spaced(plain: SamplerInfo, suffix: str) -> SamplerInfo:
-    """A variant on "karras" or "exponential" sigmas."""
+    """A variant on "karras", "exponential" or "beta" sigmas."""
     return replace(
         plain,
         name=f"{plain.name}_{suffix}",
@@ -112,7 +121,7 @@ def _with_variants(*plain: SamplerInfo) -> tuple[SamplerInfo, ...]:
     listed: list[SamplerInfo] = []
     for info in plain:
         listed.append(info)
-        if "use_karras_sigmas" in info.options and info.name not in ("flow_euler", "flow_heun"):
+        if "use_karras_sigmas" in info.options and info.name != "flow_euler":
             listed.append(_spaced(info, "karras"))
         if info.scheduler == "DPMSolverMultistepScheduler":
             listed.append(_spaced(info, "exponential"))
@@ -150,7 +159,7 @@ _SAMPLERS = _with_variants(
         "First order on the probability-flow ODE; noise by s_churn.",
         "k_euler",
         noise="with s_churn",
-        arguments=("s_churn", "timesteps", "sigmas"),
+        arguments=("s_churn", "s_tmin", "s_tmax", "s_noise", "timesteps", "sigmas"),
     ),
     _info(
         *(AncestralOptions, "Euler a", "EulerAncestralDiscrete", "Euler with fresh noise at every step."),
@@ -217,6 +226,19 @@ _SAMPLERS = _with_variants(
         *("DPM++ singlestep", "DPM-Solver++ 2S"),
         history=1,
         arguments=_LISTED,
+    ),
+    _info(
+        *(
+            DPMSDEOptions,
+            "DPM++ SDE",
+            "DPMSolverSDE",
+            "DPM++ 2S on the SDE; two calls a step, with noise.",
+        ),
+        *("k_dpmpp_sde", "DPM-Solver++ SDE"),
+        calls=2,
+        noise="yes",
+        history=1,
+        arguments=("s_noise",),
     ),
     _info(
         *(DEISOptions, "DEIS", "DEISMultistep", "Exponential multistep on the noise, in log-rho."), history=1

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allaprima.bundle.errors import RequestError
+from allaprima.runtime.samplers.limit import Clipping
 from allaprima.runtime.samplers.run import Run
-from allaprima.runtime.samplers.table import NO_BOUND, Draft, denoised
+from allaprima.runtime.samplers.table import Draft, denoised
 from allaprima.runtime.schedule import (
     PREDICTIONS,
     Training,
@@ -24,7 +25,7 @@ _SIGMA_DATA = 0.5  # Song et al. 2023, appendix C
 
 @dataclass(frozen=True)
 class TCDOptions(Training):
-    """Fields and defaults of ``TCDScheduler`` that change a result; it reads no ``clip_sample``."""
+    """Fields and defaults of ``TCDScheduler`` that change a result; the clamp it declares does not."""
 
     sampler: ClassVar[str] = "tcd"
 
@@ -32,18 +33,16 @@ class TCDOptions(Training):
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     original_inference_steps: int = 50
-    thresholding: bool = False
     rescale_betas_zero_snr: bool = False
 
 
 @dataclass(frozen=True)
-class LCMOptions(TCDOptions):
+class LCMOptions(TCDOptions, Clipping):
     """Fields and defaults of ``LCMScheduler`` that change a result."""
 
     sampler: ClassVar[str] = "lcm"
 
     clip_sample: bool = False
-    clip_sample_range: float = 1.0
     timestep_scaling: float = 10.0
 
 
@@ -59,7 +58,7 @@ def lcm(config: Mapping[str, Any], run: Run) -> Draft:
         timesteps.astype(np.float64),
         denoised(options.prediction_type, np.sqrt(a), np.sqrt(1 - a)),
         np.stack([np.sqrt(p) * skip, np.sqrt(p) * out, np.sqrt(1 - p)], axis=1),
-        bound=options.clip_sample_range if options.clip_sample else NO_BOUND,
+        limit=options.limit,
         draws=np.arange(run.steps) < run.steps - 1,
         levels=np.sqrt(np.stack([a, 1 - a], axis=1)),
     )
@@ -90,7 +89,6 @@ def tcd(config: Mapping[str, Any], run: Run) -> Draft:
 def _schedule(options: TCDOptions, run: Run) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Timesteps [N], a selection of those that the model was distilled on, and the table of alphas."""
     require(options, "prediction_type", *PREDICTIONS)
-    require(options, "thresholding", False)
     table = training_alphas(options, zero_snr=options.rescale_betas_zero_snr).astype(np.float64)
     if run.timesteps is not None:
         return training_indices(run.timesteps, options), table

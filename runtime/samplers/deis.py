@@ -17,8 +17,8 @@ from allaprima.runtime.samplers.lambda_space import (
     check,
     flow_sigmas,
     lambda_schedule,
-    noise_of,
     path_of,
+    predicted,
     training_table,
 )
 from allaprima.runtime.samplers.run import Run
@@ -56,7 +56,8 @@ def deis(config: Mapping[str, Any], run: Run) -> Draft:
         logs = -path.lambdas[call + 1 - order : call + 2][::-1]
         update[call, 0] = path.alpha[call + 1] / path.alpha[call]
         update[call, [1, *range(3, 2 + order)]] = path.alpha[call + 1] * _integrals(logs[1:], logs[0])
-    return Draft(timesteps, noise_of(options, path), update, levels=path.levels()).begun(run.begin)
+    noise = predicted(options, path, data=False)
+    return Draft(timesteps, update=update, levels=path.levels(), **noise._asdict()).begun(run.begin)
 
 
 def _order(options: DEISOptions, left: int, calls: int) -> int:

@@ -17,14 +17,13 @@ from allaprima.runtime.samplers.lambda_space import (
     LambdaOptions,
     Path,
     check,
-    clean_of,
     flow_sigmas,
     lambda_schedule,
-    noise_of,
     path_of,
+    predicted,
     training_table,
 )
-from allaprima.runtime.samplers.recall import NOISE, SAMPLE, carried, past
+from allaprima.runtime.samplers.recall import NOISE, SAMPLE, carried, echoes, past
 from allaprima.runtime.samplers.run import Run
 from allaprima.runtime.samplers.table import Draft
 from allaprima.runtime.schedule import F64, PREDICTIONS, read_options, require
@@ -108,9 +107,9 @@ def singlestep(config: Mapping[str, Any], run: Run) -> Draft:
     options = _adopted(
         dataclasses.replace(read_options(SinglestepOptions, config), timestep_spacing="linspace")
     )
-    if options.sde and options.solver_order > 1:
-        # Going back to the sample before a noise was added takes that noise, besides the new one.
-        require(options, "algorithm_type", "dpmsolver", "dpmsolver++")
+    if options.sde:
+        # Order 3 goes back to a sample from before two noises were added, where there is one to remember.
+        require(options, "solver_order", 1, 2)
     timesteps, path = _path(options, run)
     rows: list[F64] = []
     start = SAMPLE
@@ -137,8 +136,6 @@ def _check(options: SinglestepOptions) -> None:
     require(options, "algorithm_type", *known)
     require(options, "solver_type", "midpoint", "heun", *_SOLVERS)
     require(options, "final_sigmas_type", "zero", "sigma_min")
-    if options.variance_type in ("learned", "learned_range"):
-        require(options, "variance_type", None, "fixed_small", "fixed_large")
     if not options.data:
         require(options, "prediction_type", *PREDICTIONS)
     # diffusers, too, refuses this for "deis", although it means "dpmsolver++" there.
@@ -176,8 +173,14 @@ def _path(options: SinglestepOptions, run: Run) -> tuple[F64, Path]:
 
 
 def _draft(options: SinglestepOptions, timesteps: F64, path: Path, rows: list[F64], *, history: int) -> Draft:
-    prediction = clean_of(options, path) if options.data else noise_of(options, path)
-    return Draft(timesteps, prediction, np.stack(rows)[:, : 3 + history], draws=options.sde)
+    update, kept = np.stack(rows), predicted(options, path, data=options.data)
+    return Draft(
+        timesteps,
+        update=update[:, : 3 + history],
+        draws=options.sde,
+        echoes=echoes(update),
+        **kept._asdict(),
+    )
 
 
 def _order(options: DPMOptions, call: int, calls: int) -> int:

@@ -13,11 +13,11 @@ from allaprima.runtime.respacing import Respacing, respaced
 from allaprima.runtime.samplers.recall import PREDICTION, SAMPLE, carried, past
 from allaprima.runtime.samplers.run import Run
 from allaprima.runtime.samplers.table import Draft
-from allaprima.runtime.schedule import F64, read_options, require
+from allaprima.runtime.schedule import F64, Training, read_options, require
 
 
 @dataclass(frozen=True)
-class FlowHeunOptions(Respacing):
+class FlowHeunOptions(Training):
     """Fields and defaults of ``FlowMatchHeunDiscreteScheduler``; there are no betas."""
 
     sampler: ClassVar[str] = "flow_heun"
@@ -26,7 +26,7 @@ class FlowHeunOptions(Respacing):
 
 
 @dataclass(frozen=True)
-class FlowEulerOptions(FlowHeunOptions):
+class FlowEulerOptions(FlowHeunOptions, Respacing):
     """Fields and defaults of ``FlowMatchEulerDiscreteScheduler`` that change a result."""
 
     sampler: ClassVar[str] = "flow_euler"
@@ -56,10 +56,12 @@ def flow_euler(config: Mapping[str, Any], run: Run) -> Draft:
     zero, one = np.zeros(run.steps), np.ones(run.steps)
     if options.stochastic_sampling:
         prediction, update = np.stack([one, -now], axis=1), np.stack([zero, 1 - after, after], axis=1)
+        clean = None
     else:
         prediction, update = np.stack([zero, one], axis=1), np.stack([one, after - now, zero], axis=1)
+        clean = np.stack([one, -after], axis=1)
     levels = None if options.invert_sigmas else np.stack([1 - now, now], axis=1)
-    return Draft(timesteps, prediction, update, draws=options.stochastic_sampling, levels=levels)
+    return Draft(timesteps, prediction, update, draws=options.stochastic_sampling, levels=levels, clean=clean)
 
 
 def flow_heun(config: Mapping[str, Any], run: Run) -> Draft:
@@ -75,7 +77,8 @@ def flow_heun(config: Mapping[str, Any], run: Run) -> Draft:
     velocity = np.tile([0.0, 1.0], (len(rows), 1))
     levels = np.stack([1 - doubled, doubled], axis=1)
     timesteps = doubled * options.num_train_timesteps
-    return Draft(timesteps, velocity, np.stack(rows)[:, :4], levels=levels, calls=2)
+    clean = np.stack([np.ones(len(rows)), -np.append(doubled[1:], 0.0)], axis=1)
+    return Draft(timesteps, velocity, np.stack(rows)[:, :4], levels=levels, calls=2, clean=clean)
 
 
 def _sigmas(options: FlowHeunOptions, run: Run) -> F64:

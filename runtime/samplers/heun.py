@@ -12,16 +12,18 @@ from typing import Any, ClassVar
 import numpy as np
 
 from allaprima.runtime.samplers.euler import ancestral
+from allaprima.runtime.samplers.limit import UNLIMITED, clip
 from allaprima.runtime.samplers.recall import NOISE, PREDICTION, SAMPLE, carried, past
 from allaprima.runtime.samplers.run import Run
 from allaprima.runtime.samplers.sigma_space import (
     SigmaOptions,
     closed,
+    interleaved,
     sigma_draft,
     sigma_schedule,
     training_sigmas,
 )
-from allaprima.runtime.samplers.table import NO_BOUND, Draft
+from allaprima.runtime.samplers.table import Draft
 from allaprima.runtime.schedule import F32, F64, PREDICTIONS, read_options, require, timesteps_of
 
 
@@ -66,7 +68,7 @@ def heun(config: Mapping[str, Any], run: Run) -> Draft:
         np.append(timesteps[:1], np.repeat(timesteps[1:], 2)),
         np.append(sigmas[:1], np.repeat(sigmas[1:-1], 2)),
         np.stack(rows)[:, :4],
-        bound=options.clip_sample_range if options.clip_sample else NO_BOUND,
+        limit=clip(options.clip_sample_range) if options.clip_sample else UNLIMITED,
         calls=2,
     )
 
@@ -116,19 +118,12 @@ def _midpoint(
     calls = len(rows)
     return sigma_draft(
         options,
-        _interleaved(timesteps, between),
-        _interleaved(sigmas[:-1], middle),
+        interleaved(timesteps, between),
+        interleaved(sigmas[:-1], middle),
         np.stack(rows)[:, :4],
         draws=np.arange(calls) % 2 == 1 if up is not None else False,
         calls=2,
     )
-
-
-def _interleaved(outer: F64, inner: F64) -> F64:
-    """Outer, inner, outer, ..., outer: [N] and [N - 1] to [2N - 1]."""
-    merged = np.empty(len(outer) + len(inner))
-    merged[::2], merged[1::2] = outer, inner
-    return merged
 
 
 def _euler(now: float, after: float) -> F64:

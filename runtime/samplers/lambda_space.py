@@ -11,8 +11,9 @@ import numpy as np
 
 from allaprima.bundle.errors import RequestError
 from allaprima.runtime.respacing import Respacing, respaced
+from allaprima.runtime.samplers.limit import UNLIMITED, Limit, Thresholding
 from allaprima.runtime.samplers.run import Run
-from allaprima.runtime.samplers.table import denoised
+from allaprima.runtime.samplers.table import clean_from_noise, denoised
 from allaprima.runtime.schedule import (
     F32,
     F64,
@@ -32,12 +33,11 @@ FEW_STEPS = 15  # below this, lower_order_final applies
 
 
 @dataclass(frozen=True)
-class LambdaOptions(Respacing):
+class LambdaOptions(Respacing, Thresholding):
     """The fields that these samplers share."""
 
     timestep_spacing: str = "linspace"
     solver_order: int = 2
-    thresholding: bool = False
     lower_order_final: bool = True
     use_flow_sigmas: bool | None = False
     flow_shift: float = 1.0
@@ -58,13 +58,16 @@ class Path(NamedTuple):
         """How much of the clean sample and of noise is in the sample before each call, [N, 2]."""
         return np.stack([self.alpha[:-1], self.sigma[:-1]], axis=1)
 
+    def clean_from_noise(self) -> F64:
+        """The clean sample after each call, of a prediction that is the noise: `Draft.clean`, [N, 2]."""
+        return clean_from_noise(self.alpha[1:], self.sigma[1:])
+
 
 def check(options: LambdaOptions) -> None:
     """Refuse what none of these samplers can honour."""
     require(options, "prediction_type", *PREDICTIONS, "flow_prediction")
     require(options, "timestep_spacing", *SPACINGS)
     require(options, "solver_order", 1, 2, 3)
-    require(options, "thresholding", False)
     require(options, "use_dynamic_shifting", False)
     if options.use_flow_sigmas and options.rule:
         raise RequestError(
@@ -143,6 +146,26 @@ def noise_of(options: LambdaOptions, path: Path) -> F64:
         return np.tile([0.0, 1.0], (len(path.sigmas) - 1, 1))
     alpha, sigma = path.alpha[:-1, None], path.sigma[:-1, None]
     return (np.array([1.0, 0.0]) - alpha * clean_of(options, path)) / sigma
+
+
+class Predicted(NamedTuple):
+    """What a solver works on: the clean sample, or the noise. The fields are those of a draft."""
+
+    to_prediction: F64
+    limit: Limit = UNLIMITED
+    from_limited: F64 | None = None
+    clean: F64 | None = None
+
+
+def predicted(options: LambdaOptions, path: Path, *, data: bool) -> Predicted:
+    """The clean sample if ``data``, else the noise; thresholding acts on the clean sample in both cases."""
+    if data:
+        return Predicted(clean_of(options, path), options.limit)
+    if options.limit == UNLIMITED:
+        return Predicted(noise_of(options, path), clean=path.clean_from_noise())
+    alpha, sigma = path.alpha[:-1], path.sigma[:-1]
+    noise = np.stack([1 / sigma, -alpha / sigma], axis=1)
+    return Predicted(clean_of(options, path), options.limit, noise, path.clean_from_noise())
 
 
 def _listed(options: LambdaOptions, alphas: F32, steps: int, clip: float) -> F64:

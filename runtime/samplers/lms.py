@@ -1,7 +1,7 @@
 """Linear multistep in sigma space (as in K. Crowson's k-diffusion): Adams-Bashforth on uneven steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from allaprima.runtime.samplers.sigma_space import (
     sigma_schedule,
     training_sigmas,
 )
-from allaprima.runtime.samplers.table import Draft
+from allaprima.runtime.samplers.table import Draft, clean_from_noise
 from allaprima.runtime.schedule import F64, PREDICTIONS, read_options, require
 
 _ORDER = 4
@@ -48,7 +48,9 @@ def lms(config: Mapping[str, Any], run: Run) -> Draft:
         known = sigmas[call + 1 - order : call + 1][::-1]
         update[call, [1, *range(3, 2 + order)]] = _weights(known, sigmas[call + 1])
     slope = np.array([1.0, 0.0]) - clean(options.prediction_type, now)
-    return sigma_draft(options, timesteps, now, update, prediction=slope / now[:, None]).begun(run.begin)
+    draft = sigma_draft(options, timesteps, now, update, prediction=slope / now[:, None])
+    # In sigma space the slope is the noise.
+    return replace(draft, clean=clean_from_noise(np.ones(len(now)), sigmas[1:])).begun(run.begin)
 
 
 def _weights(known: F64, target: float) -> F64:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -45,13 +46,6 @@ def _steps_before(table: Table, timesteps: int, share: float) -> int:
 
 def _ended(table: Table, rows: int) -> Table:
     """The first rows; `levels` has one more, that of the result."""
-    return replace(
-        table,
-        timesteps=table.timesteps[:rows],
-        input_scale=table.input_scale[:rows],
-        to_prediction=table.to_prediction[:rows],
-        bounds=table.bounds[:rows],
-        update=table.update[:rows],
-        draws=table.draws[:rows],
-        levels=None if table.levels is None else table.levels[: rows + 1],
-    )
+    arrays = {name: value for name, value in vars(table).items() if isinstance(value, np.ndarray)}
+    ended: dict[str, Any] = {name: value[: rows + (name == "levels")] for name, value in arrays.items()}
+    return replace(table, **ended)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allaprima.runtime.samplers.run import Run
-from allaprima.runtime.samplers.table import Draft
+from allaprima.runtime.samplers.table import Draft, clean_from_noise
 from allaprima.runtime.schedule import (
     F64,
     Training,
@@ -70,17 +70,38 @@ def pndm(config: Mapping[str, Any], run: Run) -> Draft:
         update[1, 3] -= sample[1] / sample[0] * output[0]
     a = training_alphas(options).astype(np.float64)[repeated]
     outputs = np.tile([0.0, 1.0], (len(repeated), 1))
-    return Draft(repeated.astype(np.float64), outputs, update, levels=np.sqrt(np.stack([a, 1 - a], axis=1)))
+    return Draft(
+        repeated.astype(np.float64),
+        outputs,
+        update,
+        levels=np.sqrt(np.stack([a, 1 - a], axis=1)),
+        clean=_clean(options, a, _alphas(options, end)),
+    )
+
+
+def _clean(options: PNDMOptions, called: F64, reached: F64) -> F64:
+    """`Draft.clean`, for cumulative products of alpha where the model is called and after that, [N] each."""
+    alpha, sigma = np.sqrt(reached), np.sqrt(1 - reached)
+    if options.prediction_type == "epsilon":
+        return clean_from_noise(alpha, sigma)
+    # The output is v of the call, of which both samples are turned away by an angle: two equations.
+    share = np.sqrt(called) * alpha + np.sqrt(1 - called) * sigma
+    return np.stack([np.sqrt(called) / share, -sigma / share], axis=1)
 
 
 def _transfer(options: PNDMOptions, start: NDArray[np.int64], end: NDArray[np.int64]) -> tuple[F64, F64]:
     """Coefficients [N] of sample and model output in the deterministic step between two timesteps."""
     table = training_alphas(options).astype(np.float64)
-    final = 1.0 if options.set_alpha_to_one else table[0]
-    a = table[training_indices(start, options)]
-    p = np.where(end >= 0, table[np.maximum(end, 0)], final)
+    a, p = table[training_indices(start, options)], _alphas(options, end)
     sample = np.sqrt(p / a)
     epsilon = -(p - a) / (a * np.sqrt(1 - p) + np.sqrt(a * (1 - a) * p))
     if options.prediction_type == "epsilon":
         return sample, epsilon
     return sample + epsilon * np.sqrt(1 - a), epsilon * np.sqrt(a)
+
+
+def _alphas(options: PNDMOptions, end: NDArray[np.int64]) -> F64:
+    """The cumulative products of alpha at timesteps, of which those below 0 are the end, [N]."""
+    table = training_alphas(options).astype(np.float64)
+    final = 1.0 if options.set_alpha_to_one else table[0]
+    return np.where(end >= 0, table[np.maximum(end, 0)], final)

@@ -1,7 +1,7 @@
 """How a row reaches back to a sample that no history slot holds.
 
-A form is a sum over what a call has, written as its coefficients: those of a row of the update, float64
-[3 + S], over (sample, prediction, noise, history newest first). Solvers that restart from an earlier sample
+A form is a sum over what a call has, written as its coefficients, float64 [4 + S], over (sample, prediction,
+noise, history newest first, noise of the last call). Solvers that restart from an earlier sample
 (Heun, singlestep, UniPC's corrector) get it from the current one by inverting the rows in between.
 """
 
@@ -14,12 +14,14 @@ SLOTS = 4
 
 def unit(place: int) -> F64:
     """The form that is one thing alone."""
-    form = np.zeros(3 + SLOTS)
+    form = np.zeros(4 + SLOTS)
     form[place] = 1.0
     return form
 
 
 SAMPLE, PREDICTION, NOISE = unit(0), unit(1), unit(2)
+ECHO = unit(3 + SLOTS)
+"""The noise of the last call."""
 
 
 def past(age: int) -> F64:
@@ -30,9 +32,15 @@ def past(age: int) -> F64:
 def carried(form: F64, row: F64) -> F64:
     """A form of one call, written over what the next call has, if ``row`` made the sample in between.
 
-    ``form`` must not contain this call's noise unless as a multiple of the row does; what falls out of the
-    history must have coefficient zero.
+    This call's noise is the next one's last noise. What falls out of the history must have coefficient zero,
+    and so must the noise before.
     """
     share = form[0] / row[0]
     rest = form - share * row
-    return np.concatenate([[share, 0.0, 0.0, rest[1]], rest[3:-1]])
+    return np.concatenate([[share, 0.0, 0.0, rest[1]], rest[3:-2], [rest[2]]])
+
+
+def echoes(rows: F64) -> F64:
+    """How much of the last call's noise is added to this one's, [N], for rows that are forms [N, 4 + S]."""
+    told = rows[:, -1] != 0
+    return np.where(told, rows[:, -1] / np.where(told, rows[:, 2], 1.0), 0.0)

@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,26 @@ class Run:
     """Instead of those of the timesteps."""
     begin: int = 0
     """Steps left out at the beginning, because a picture is there already; a history starts empty here."""
+
+
+def read_number(name: str, value: Any) -> float:
+    """A number, for one of the arguments; RequestError if it is none."""
+    if isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value):
+        return float(value)
+    raise RequestError(f"{name} {value!r} is not a number")
+
+
+def read_churn(s_churn: Any, s_tmin: Any, s_tmax: Any, s_noise: Any) -> Churn:
+    """The checked arguments of those names; RequestError if they are out of range."""
+    given = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    churn = Churn(**{name: read_number(name, value) for name, value in given.items()})
+    finite = math.isfinite(churn.s_churn) and math.isfinite(churn.s_noise)
+    if not (finite and churn.s_churn >= 0 and churn.s_noise >= 0 and 0 <= churn.s_tmin <= churn.s_tmax):
+        raise RequestError(
+            f"s_churn {s_churn}, s_noise {s_noise}, s_tmin {s_tmin} and s_tmax {s_tmax} must not be negative,"
+            " nor s_tmin above s_tmax, nor the first two infinite"
+        )
+    return churn
 
 
 def read_custom(name: str, values: Sequence[float] | None) -> F64 | None:

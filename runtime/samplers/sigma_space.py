@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allaprima.runtime.respacing import Respacing, respaced
+from allaprima.runtime.samplers.limit import UNLIMITED, Limit
 from allaprima.runtime.samplers.run import Run
-from allaprima.runtime.samplers.table import NO_BOUND, Draft, denoised
+from allaprima.runtime.samplers.table import Draft, denoised
 from allaprima.runtime.schedule import (
     F32,
     F64,
@@ -55,6 +56,13 @@ def closed(sigmas: F64, last: float = 0.0) -> F64:
     return np.append(sigmas, last).astype(np.float32).astype(np.float64)
 
 
+def interleaved(outer: F64, inner: F64) -> F64:
+    """Outer, inner, outer, ..., outer: [N] and [N - 1] to [2N - 1]."""
+    merged = np.empty(len(outer) + len(inner))
+    merged[::2], merged[1::2] = outer, inner
+    return merged
+
+
 def clean(prediction_type: str, sigmas: F64) -> F64:
     """Coefficients [N, 2] of the clean sample over the sample in sigma space and the model's output."""
     scale = 1 / np.sqrt(sigmas**2 + 1)
@@ -70,7 +78,7 @@ def sigma_draft(
     update: F64,
     *,
     prediction: F64 | None = None,
-    bound: float = NO_BOUND,
+    limit: Limit = UNLIMITED,
     draws: NDArray[np.bool_] | bool = False,
     calls: int = 1,
 ) -> Draft:
@@ -81,4 +89,4 @@ def sigma_draft(
     initial = highest if options.timestep_spacing in ("linspace", "trailing") else float(np.hypot(highest, 1))
     scale = 1 / np.sqrt(sigmas**2 + 1)
     levels = np.stack([np.ones(len(sigmas)), sigmas], axis=1)
-    return Draft(timesteps, prediction, update, scale, bound, draws, initial, levels, calls)
+    return Draft(timesteps, prediction, update, scale, limit, draws, initial, levels, calls)

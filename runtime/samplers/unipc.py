@@ -22,6 +22,7 @@ from allaprima.runtime.samplers.lambda_space import (
     path_of,
     training_table,
 )
+from allaprima.runtime.samplers.limit import UNLIMITED
 from allaprima.runtime.samplers.recall import SAMPLE, carried, past
 from allaprima.runtime.samplers.run import Run
 from allaprima.runtime.samplers.table import Draft
@@ -78,9 +79,13 @@ def unipc(config: Mapping[str, Any], run: Run) -> Draft:
         step = _Step(path, call, order, options.predict_x0, options.solver_type == "bh1")
         start = sample
         rows.append(_advance(step, start, [past(age) for age in range(order)], None))
+    # diffusers thresholds the clean sample only where it is what the solver works on.
+    limit = options.limit if options.predict_x0 else UNLIMITED
     prediction = clean_of(options, path) if options.predict_x0 else noise_of(options, path)
     update = np.stack([np.zeros(len(SAMPLE))] * run.begin + rows)[:, : 3 + options.solver_order]
-    return Draft(timesteps, prediction, update, levels=path.levels()).begun(run.begin)
+    clean = None if options.predict_x0 else path.clean_from_noise()
+    draft = Draft(timesteps, prediction, update, limit=limit, levels=path.levels(), clean=clean)
+    return draft.begun(run.begin)
 
 
 def _check(options: UniPCOptions, steps: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,6 +23,9 @@ class Easel:
         self.opened: dict[str, Any] = {}
         self.asked: dict[str, Any] = {}
         self.warnings: tuple[str, ...] = ()
+        self.preview_every: int | None = None
+        self.folder: list[list[str]] = []
+        """What was in the current folder after each step."""
 
     def open(self, bundle: str, **options: Any) -> "Easel":
         self.opened = {"bundle": bundle, **options}
@@ -33,8 +37,21 @@ class Easel:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def generate(self, prompt: str, *, callback: Callable[[Progress], None], **request: Any) -> Result:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        callback: Callable[[Progress], None],
+        preview_every: int | None,
+        **request: Any,
+    ) -> Result:
         self.asked = {"prompt": prompt, **request}
+        self.preview_every = preview_every
+        for step in range(1, 5):
+            due = preview_every and step % preview_every == 0
+            shown = [Image.new("RGB", (8, 8), (0, 0, step))] * (request["num_images"] if due else 0)
+            callback(Progress("denoise", step, 4, np.zeros((1, 4, 8, 8), np.float32), tuple(shown)))
+            self.folder.append(sorted(path.name for path in Path().iterdir()))
         count, seed = request["num_images"], request["seed"] or 40
         parameters = tuple(
             Parameters(
@@ -98,6 +115,7 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
         "variation_seed": None,
         "variation_strength": 0.0,
         "mask": None,
+        "sampling": {},
     }
     assert read_parameters("picture.png")["prompt"] == "a red circle"
 
@@ -110,6 +128,10 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
     words += ["--mask", "mask.png"]
     words += ["--variation-seed", "5", "--variation-strength", "0.25"]
     words += ["--long-prompts", "--prompt-weights", "--clip-skip", "2", "--guidance-rescale", "0.7"]
+    words += ["--timesteps", "999,749.5", "--sigmas", "14.6,0", "--order", "3", "--churn", "5"]
+    words += ["--churn-min", "0.1", "--churn-max", "9", "--churn-noise", "1.01"]
+    words += ["--scheduler-option", "timestep_spacing=trailing", "--scheduler-option", "steps_offset=2"]
+    words += ["--scheduler-option", "clip_sample=true"]
     outcome = allaprima("generate", "my bundle", *words, "a cat")
     assert outcome.code == 0
     assert easel.opened == {
@@ -139,9 +161,44 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
         "variation_seed": 5,
         "variation_strength": 0.25,
         "mask": "mask.png",
+        "sampling": {
+            "timesteps": [999, 749.5],
+            "sigmas": [14.6, 0],
+            "order": 3,
+            "s_churn": 5.0,
+            "s_tmin": 0.1,
+            "s_tmax": 9.0,
+            "s_noise": 1.01,
+            "scheduler": {"timestep_spacing": "trailing", "steps_offset": 2, "clip_sample": True},
+        },
     }
     assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
     assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]
+
+
+def test_previews(allaprima: Allaprima, easel: Easel) -> None:
+    assert allaprima("generate", "a cat", "--preview", "small.png", "--preview-every", "3").code == 0
+    assert easel.preview_every == 3
+    assert easel.folder == [[], [], ["small.png"], ["small.png"]]  # whole, and nothing beside it
+    with Image.open("small.png") as small:
+        assert (small.size, small.getpixel((0, 0))) == ((8, 8), (0, 0, 3))
+
+
+@pytest.mark.parametrize(
+    ("words", "every", "files"),
+    [
+        ([], None, []),
+        (["--preview", "small.webp"], 1, ["small.webp"]),
+        (["--preview-every", "2"], 2, ["picture.preview.png"]),
+        (["--preview-every", "2", "-n", "2"], 2, ["picture.preview-1.png", "picture.preview-2.png"]),
+        (["--preview-every", "0"], None, []),
+    ],
+)
+def test_where_previews_go(
+    allaprima: Allaprima, easel: Easel, words: list[str], every: int | None, files: list[str]
+) -> None:
+    assert allaprima("generate", "a cat", *words).code == 0
+    assert (easel.preview_every, easel.folder[-1]) == (every, files)
 
 
 def test_prompts_that_look_like_options(allaprima: Allaprima, easel: Easel) -> None:
@@ -172,8 +229,12 @@ def test_warnings_and_quiet(allaprima: Allaprima, easel: Easel) -> None:
     [
         (["--size", "512"], "argument --size: '512' is not a size: write WIDTHxHEIGHT"),
         (["--size", "-1x4"], "argument --size"),
+        (["--timesteps", "9,x"], "argument --timesteps: '9,x' is not a list of numbers"),
+        (["--scheduler-option", "clip"], "argument --scheduler-option: 'clip' is not an option: write NAME"),
         (["-o", "picture.bmp"], "picture.bmp: unknown kind of picture"),
         (["-o", "none/picture.png"], "none/picture.png: there is no folder none"),
+        (["--preview", "none/small.png"], "none/small.png: there is no folder none"),
+        (["--preview", "small.bmp"], "small.bmp: unknown kind of picture"),
     ],
 )
 def test_refused_before_painting(allaprima: Allaprima, easel: Easel, words: list[str], message: str) -> None:

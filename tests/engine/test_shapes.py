@@ -67,7 +67,7 @@ def test_a_size_that_the_model_cannot_paint(bundle: Bundle) -> None:
         plan_profiles(bundle, [(step - 1, 2 * step + 1)])
 
 
-def test_prompts_are_one_chunk(bundle: Bundle) -> None:
+def test_prompts_are_one_chunk_or_as_many_as_asked(bundle: Bundle) -> None:
     component = bundle.component("denoiser")
     *rest, states = component.inputs
     long = replace(component, inputs=(*rest, replace(states, shape=("G*B", "L", states.shape[2]))))
@@ -78,6 +78,8 @@ def test_prompts_are_one_chunk(bundle: Bundle) -> None:
         (profile,) = plan_profiles(changed)["denoiser"]
         assert {axis: found for axis, found in profile.extents.items() if axis == "L"} == extents
         assert profile.shapes(denoiser.inputs[-1])[1] == (2, 77, states.shape[2])
+        (profile,) = plan_profiles(changed, chunks=3)["denoiser"]
+        assert profile.shapes(denoiser.inputs[-1])[2] == (2, 231 if extents else 77, states.shape[2])
 
 
 def test_shapes_of_a_profile() -> None:

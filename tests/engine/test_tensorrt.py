@@ -102,6 +102,8 @@ def test_options_that_are_none() -> None:
         Options(level=6)
     with pytest.raises(RequestError, match="workspace of 0 bytes"):
         Options(workspace=0)
+    with pytest.raises(RequestError, match="prompts of 0 chunks: give at least 1"):
+        Options(chunks=0)
 
 
 @pytest.mark.parametrize(

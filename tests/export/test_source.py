@@ -230,7 +230,7 @@ def test_ill_typed_configuration(checkpoint: Path, part: str, field: str, value:
     ("change", "message"),
     [
         ({"in_channels": 8}, "takes 8 channels and the autoencoder makes 4: known are UNets of 4, and of 9"),
-        ({"out_channels": 8}, "makes 8 channels of 4: learned variances are not supported yet"),
+        ({"out_channels": 9}, "makes 9 channels of 4: it should make as many, or twice as many"),
         ({"cross_attention_dim": 768}, "width 768, the text encoder makes 32: they do not belong together"),
         ({"addition_embed_type": "text_time"}, "'text_time', and 0 text encoders a pooled vector"),
         ({"class_embed_type": "timestep"}, "class_embed_type 'timestep', a condition that Stable Diffusion"),

@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from allaprima.bundle import Bundle, RequestError
-from allaprima.runtime import Pipeline
+from allaprima.cli.main import main
+from allaprima.runtime import Pipeline, read_parameters
 from allaprima.runtime.backends import engine_precision
 from allaprima.runtime.samplers import find
 from allaprima.runtime.tokenizer import Tokenizer
@@ -283,3 +284,22 @@ def test_the_last_layer_of_the_first_encoder_is_not_there(xl_bundle: Bundle) -> 
         names[role] = np.array([f"layers.{last}." in tensor.name for tensor in graph.initializer])
     assert not names["text_encoder"].any()
     assert names["text_encoder_2"].any()
+
+
+def test_base_and_refiner_from_the_command_line(
+    base: tuple[References, Pipeline], refiner: tuple[References, Pipeline], tmp_path: Path
+) -> None:
+    """The file that is written is the picture of the two requests."""
+    folders = [str(pipeline.bundle.folder) for _, pipeline in (base, refiner)]
+    output = tmp_path / "picture.png"
+    words = [folders[0], PROMPT, "--refiner", folders[1], "--refiner-start", "0.6", "--steps", "5"]
+    words += ["--seed", "2", "--prompt-2", "oil", "--backend", "ort", "--quiet", "-o", str(output)]
+    assert main(["generate", *words]) == 0
+    begun = base[1].generate(
+        PROMPT, prompt_2="oil", seed=2, num_inference_steps=5, denoising_end=0.6, output_type="latent"
+    )
+    wanted = refiner[1].generate(
+        "oil", image=begun.latents, seed=2, num_inference_steps=5, denoising_start=0.6
+    )
+    assert psnr(np.asarray(wanted.images[0]), np.asarray(Image.open(output))) > 60
+    assert read_parameters(output)["refiner"] == "refiner"

@@ -44,7 +44,7 @@ DENOISER = """
 denoiser (
     float[B, 4, H, W] sample, float[4, B, 4, H, W] history, float[B, 4, H, W] noise, float[B] timestep,
     float[B] input_scale, float[G, B] guidance, float[B, 2] to_prediction, float[B] bounds,
-    float[B, 7] update, float[GB, L, D] encoder_hidden_states
+    float[B, 8] update, float[GB, L, D] encoder_hidden_states
 ) => (float[B, 4, H, W] next_sample, float[4, B, 4, H, W] next_history)
 <float tenth = {0.1}, float thousand = {1000}> {
     per_lane = Constant <value_ints = [-1, 1, 1, 1]> ()
@@ -81,7 +81,7 @@ denoiser (
     below = Min (unbound, high)
     prediction = Max (below, low)
 
-    u0, u1, u2, u3 = Split <axis = 1> (update, widths)
+    u0, u1, u2, u3, u7 = Split <axis = 1> (update, widths)
     u0_4d = Reshape (u0, per_lane)
     u1_4d = Reshape (u1, per_lane)
     u2_4d = Reshape (u2, per_lane)
@@ -93,14 +93,16 @@ denoiser (
     slots = Unsqueeze (turned, last)
     recalled = Mul (slots, history)
     memory = ReduceSum <keepdims = 0> (recalled, first)
-    next_sample = Sum (kept, moved, noised, memory)
+    u7_4d = Reshape (u7, per_lane)
+    rest = Mul (u7_4d, unbound)
+    next_sample = Sum (kept, moved, noised, memory, rest)
 
     newest = Unsqueeze (prediction, first)
     three = Constant <value_ints = [3]> ()
     older = Slice (history, first, three, first)
     next_history = Concat <axis = 0> (newest, older)
 }
-""".replace("<float tenth", "<int64[4] widths = {1, 1, 1, 4}, float tenth")
+""".replace("<float tenth", "<int64[5] widths = {1, 1, 1, 4, 1}, float tenth")
 
 # Every pixel of a block of 8 x 8 is round(255 * (latent / 2 + 0.5)) of the first three channels.
 VAE_DECODER = """
@@ -139,7 +141,7 @@ SPECS: Mapping[str, tuple[str, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] 
             TensorSpec("guidance", "float32", ("G", "B")),
             TensorSpec("to_prediction", "float32", ("B", 2)),
             TensorSpec("bounds", "float32", ("B",)),
-            TensorSpec("update", "float32", ("B", 3 + HISTORY)),
+            TensorSpec("update", "float32", ("B", 4 + HISTORY)),
             TensorSpec("encoder_hidden_states", "float32", ("G*B", "L", WIDTH)),
         ),
         (

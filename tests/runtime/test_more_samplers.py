@@ -5,12 +5,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import pytest
 
-from allaprima.runtime.samplers import find, make_table, table
+from allaprima.runtime.samplers import make_table, table
 
-from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, error_of
+from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, error_of, scheduler_class
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning",
@@ -20,11 +19,15 @@ KARRAS, EXPONENTIAL, BETA = ({f"use_{rule}_sigmas": True} for rule in ("karras",
 GRID = (*itertools.product(SPACINGS, (1, 2, 3, 5)), ("leading", 20), ("linspace", 50), ("trailing", 20))
 RANGE = {"sigma_min": 0.03, "sigma_max": 12.0}
 CLOSED = {"final_sigmas_type": "sigma_min"}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 PLAIN = {"algorithm_type": "dpmsolver", **CLOSED}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, rule) for name in ("lms", "heun", "dpm2", "dpm2_a") for rule in ({}, KARRAS, EXPONENTIAL, BETA)),
+    ("dpmpp_sde", {}),
+    ("dpmpp_sde", {**KARRAS, **RANGE}),
+    ("dpmpp_sde", {**EXPONENTIAL, **RANGE}),
     *((name, {**KARRAS, **RANGE}) for name in ("lms", "heun", "dpm2")),
     ("lms", {**EXPONENTIAL, **RANGE}),
     ("heun", {"clip_sample": True, "clip_sample_range": 1.5}),
@@ -50,7 +53,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("dpmpp_2s", {**PLAIN, "solver_order": order, "solver_type": "heun"}) for order in (1, 2, 3)),
     ("dpmpp_2s", {**PLAIN, "solver_order": 3}),
     ("dpmpp_2s", {**CLOSED, "lower_order_final": True, "solver_order": 3}),
-    ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
+    ("dpmpp_2s", {**SDE, "solver_order": 1}),
+    *(("dpmpp_2s", {**SDE, "solver_type": kind}) for kind in ("midpoint", "heun")),
     *(("dpmpp_2s", rule) for rule in (KARRAS, EXPONENTIAL, BETA, FLOW)),
     *(("deis", {"solver_order": order}) for order in (1, 2, 3)),
     ("deis", {"solver_order": 3, "lower_order_final": False}),
@@ -74,6 +78,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 # the other multistep solvers at fifty steps. DPM's sample is rounded at each step.
 LIMITS = {
     "dpm2_a": 4e-4,
+    "dpmpp_sde": 2e-6,
     "lms": 1e-5,
     "deis": 5e-6,
     "unipc": 5e-6,
@@ -96,8 +101,8 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trajectory_of_diffusers(
     sampler: str, fields: Mapping[str, Any], prediction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = getattr(diffusers, find(sampler).scheduler)
-    if prediction == "sample" and sampler in ("dpm2", "dpm2_a"):
+    kind = scheduler_class(sampler)
+    if prediction == "sample" and sampler in ("dpm2", "dpm2_a", "dpmpp_sde"):
         pytest.skip("diffusers has not implemented it")
     if "prediction_type" in fields and prediction != "epsilon":
         pytest.skip("the case sets it")

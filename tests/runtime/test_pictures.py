@@ -60,7 +60,7 @@ def bomb(width: int, height: int) -> bytes:
     ("source", "message"),
     [
         (b"no picture", "image cannot be read: not a picture, or damaged"),
-        (bomb(40_000, 40_000), "image cannot be read: not a picture, or damaged|at most"),
+        (bomb(40_000, 25_000), f"image has too many pixels: at most {MOST_PIXELS} are taken"),
         (bomb(9000, 9000), f"image has 9000 x 9000 pixels: at most {MOST_PIXELS} are taken"),
         (bomb(30, 30), "image cannot be read: not a picture, or damaged"),
         ("nowhere.png", "image nowhere.png cannot be read: No such file"),
@@ -116,7 +116,8 @@ def test_steps_are_counted_as_in_diffusers(
     ("fields", "message"),
     [
         ({"strength": 0.5}, "strength is 0.5, but there is no image to paint over"),
-        ({"image": PICTURE, "strength": 1.5}, "strength is 1.5"),
+        ({"image": PICTURE, "strength": 1.5}, "strength is 1.5: it should lie between 0"),
+        ({"image": PICTURE, "strength": -0.1}, "strength is -0.1: it should lie between 0"),
         ({"image": PICTURE, "strength": "much"}, "strength is 'much'"),
         (
             {"image": PICTURE, "strength": 0.05, "num_inference_steps": 10},

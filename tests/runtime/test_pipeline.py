@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from allaprima.bundle import VERSION, BackendError, Bundle, BundleError, RequestError
 from allaprima.runtime import Parameters, Pipeline, Progress, Result, open_session
+from allaprima.runtime.memory import HostMemory
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.samplers import idle_row, make_table
 from allaprima.runtime.stages import Denoiser
@@ -48,14 +49,16 @@ def paint_plainly(
     table = make_table(bundle.manifest.scheduler, **options, history=4)
     noise = Noise(seed)
     sample = noise.normal((4, 8, 4)) * table.init_noise_sigma
-    history = [np.zeros_like(sample)] * 4
+    history, last = [np.zeros_like(sample)] * 4, 0.0
     for row in range(len(table.timesteps)):
         base = 0.1 * sample * table.input_scale[row] + table.timesteps[row] / 1000
         output = sum(weight * np.tanh(base + each) for weight, each in zip(weights, conditions, strict=True))
         p, q = table.to_prediction[row]
-        prediction = np.clip(p * sample + q * output, -table.bounds[row], table.bounds[row])
+        raw = p * sample + q * output
+        prediction = np.clip(raw, -table.bounds[row], table.bounds[row])
         fresh = noise.normal((4, 8, 4)) if table.draws[row] else np.zeros_like(sample)
-        terms = [sample, prediction, fresh, *history]
+        last, fresh = fresh, fresh + table.echoes[row] * last
+        terms = [sample, prediction, fresh, *history, raw]
         sample = sum(u * term for u, term in zip(table.update[row], terms, strict=True))
         history = [prediction, *history[:3]]
     return np.asarray(sample, np.float64)
@@ -243,6 +246,8 @@ def test_empty_prompt(ort: Pipeline) -> None:
         ({"num_inference_steps": 1001}, "1001"),
         ({"sampler": "dimm"}, "dimm.*ddim"),
         ({"prompt": "\ud800"}, "not valid Unicode"),
+        ({"num_images": 10**9}, "num_images 1000000000 of 32 x 64 pixels is too much at once"),
+        ({"sampler": "flow_euler"}, "'flow_euler' cannot honour the configuration of a DDIM"),
     ],
 )
 def test_refused(ort: Pipeline, options: dict[str, Any], message: str) -> None:
@@ -256,12 +261,28 @@ def test_picture_that_is_not_finite(ort: Pipeline) -> None:
         assert progress.sample.base is not None
         progress.sample.base[:] = np.nan
 
-    with pytest.raises(BackendError, match="not-a-number, in fp32 with the backend ort"):
+    with pytest.raises(BackendError, match="denoiser made values that are infinite or not-a-number, in fp32"):
         ort.generate(PROMPT, callback=spoil)
     wanted = pixels(ort.generate(PROMPT, seed=1, guidance_scale=3))
     with pytest.raises(BackendError, match="not-a-number"):
         ort.generate(PROMPT, seed=1, callback=spoil)
     assert np.array_equal(pixels(ort.generate(PROMPT, seed=1)), wanted)  # the history is clean again
+
+
+def test_not_enough_memory(ort: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of ours, and the pipeline goes on."""
+    wanted = pixels(ort.generate(PROMPT, seed=1))
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostMemory, "allocate", refuse)
+        with pytest.raises(
+            BackendError, match="not enough memory for this request: ask for fewer or smaller"
+        ):
+            ort.generate(PROMPT, num_images=2)
+    assert np.array_equal(pixels(ort.generate(PROMPT, seed=1)), wanted)
 
 
 def test_automatic_backend(bundle: Bundle) -> None:

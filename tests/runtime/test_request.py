@@ -59,6 +59,8 @@ def test_branches(manifest: Manifest, scale: float, branches: int) -> None:
         ({"height": 100}, "height 100 is not a multiple of 32: the nearest valid sizes are 96 and 128"),
         ({"width": 8}, "width 8 is not a multiple of 32: the nearest valid size is 32"),
         ({"width": "64"}, "width is '64': it should be a whole number"),
+        ({"num_images": 10**12}, "num_images 1000000000000 of 32 x 64 pixels is too much at once"),
+        ({"height": 32 * 10**9}, "of 32 x 32000000000 pixels is too much at once: at most 268435456 pixels"),
     ],
 )
 def test_refused(manifest: Manifest, fields: dict[str, Any], message: str) -> None:

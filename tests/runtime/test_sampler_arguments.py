@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.samplers import find, make_table
+from allaprima.runtime.samplers import count_steps, find, make_table
 
-from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, error_of
+from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, error_of, scheduler_class
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 # "Align your steps", for Stable Diffusion 1.5.
@@ -166,6 +166,15 @@ def test_custom_schedule_of_a_flow(
         ("lms", {"order": 5}, "order 5 is out of range"),
         ("euler", {"s_churn": -1.0}, r"s_churn -1\.0, .* must not be negative"),
         ("euler", {"s_tmin": 2.0, "s_tmax": 1.0}, "nor s_tmin above s_tmax"),
+        ("euler", {"s_churn": "5"}, "s_churn '5' is not a number"),
+        ("euler", {"s_churn": float("inf")}, "nor the first two infinite"),
+        ("heun", {"s_noise": 1.1}, r"s_noise 1\.1 means nothing to sampler 'heun'.* 'euler', .* 'dpmpp_sde'"),
+        ("ddim", {"s_tmax": 3.0}, r"s_tmax 3\.0 means nothing to sampler 'ddim'"),
+        ("euler", {"options": {"timestep_spacin": 1}}, "did you mean 'timestep_spacing'"),
+        ("euler", {"options": {"clip_sample": True}}, "'clip_sample' means nothing to sampler 'euler'"),
+        ("euler", {"options": ["a"]}, "are not a mapping"),
+        ("euler_karras", {"options": {"use_karras_sigmas": False}}, "contradicts sampler 'euler_karras'"),
+        ("flow_heun", {"options": {"use_karras_sigmas": True}}, "cannot honour the configuration"),
     ],
 )
 def test_what_makes_no_sense(sampler: str, arguments: Mapping[str, Any], message: str) -> None:
@@ -182,3 +191,34 @@ def test_custom_schedule_beside_options() -> None:
         make_table({**SD, "use_lu_lambdas": True}, "dpmpp_2m", 10, history=1, timesteps=ALIGNED)
     with pytest.raises(RequestError, match="num_inference_steps None is not an integer"):
         make_table(SD, "euler", None, history=0)
+
+
+def test_options_of_a_request() -> None:
+    """They count more than the configuration, even where it is a default that ``from_config`` would drop."""
+    config = {**SD, "timestep_spacing": "leading", "_use_default_values": ["timestep_spacing"]}
+    for options in ({"timestep_spacing": "trailing"}, {"use_karras_sigmas": True, "sigma_max": 9}):
+        table = make_table(config, "euler", 5, history=0, options=options)
+        wanted = make_table({**SD, **options}, "euler", 5, history=0)
+        assert np.array_equal(table.timesteps, wanted.timesteps)
+        assert np.array_equal(table.update, wanted.update)
+    beta = make_table(SD, "Euler Beta", 5, history=0)
+    assert beta.sampler == "euler_beta"
+    assert np.array_equal(
+        beta.update, make_table(SD, "euler", 5, history=0, options={"use_beta_sigmas": True}).update
+    )
+
+
+def test_number_of_steps() -> None:
+    assert count_steps(SD, "euler", None, sigmas=SIGMAS) == 10
+    assert count_steps(SD, "heun", 10, timesteps=ALIGNED) == 10
+    assert count_steps(FLOW, None, None, sigmas=[1.0, 0.5]) == 2
+    assert count_steps(SD, "ddim", 7) == 7
+    with pytest.raises(RequestError, match=r"timesteps .* means nothing to sampler 'ddim'"):
+        count_steps(SD, "ddim", None, timesteps=ALIGNED)
+
+
+@pytest.mark.parametrize("s_noise", [0.0, 1.1])
+def test_noise_of_dpmpp_sde(s_noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(SD, "dpmpp_sde", 5, history=1, s_noise=s_noise)
+    scheduler = scheduler_class("dpmpp_sde").from_config(SD)
+    assert error_of(table, scheduler, 5, monkeypatch, s_noise=s_noise) <= 1e-6

@@ -6,17 +6,16 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.respacing import Respacing
 from allaprima.runtime.samplers import NO_BOUND, SamplerInfo, Table, find, idle_row, make_table, names
 from allaprima.runtime.samplers.consistency import LCMOptions, TCDOptions
 from allaprima.runtime.samplers.ddim import DDIMOptions, DDPMOptions, UnCLIPOptions
 from allaprima.runtime.samplers.deis import DEISOptions
 from allaprima.runtime.samplers.dpm import DPMOptions, SinglestepOptions
+from allaprima.runtime.samplers.dpm_sde import DPMSDEOptions
 from allaprima.runtime.samplers.euler import AncestralOptions, EulerOptions
 from allaprima.runtime.samplers.flow import FlowEulerOptions, FlowHeunOptions
 from allaprima.runtime.samplers.heun import HeunOptions, KDPM2Options
@@ -25,7 +24,7 @@ from allaprima.runtime.samplers.pndm import PNDMOptions
 from allaprima.runtime.samplers.unipc import UniPCOptions
 from allaprima.runtime.schedule import Training
 
-from .trajectories import SD
+from .trajectories import SD, scheduler_class
 
 HISTORY = 4
 
@@ -44,6 +43,7 @@ OPTIONS = {
     "KDPM2AncestralDiscreteScheduler": KDPM2Options,
     "DPMSolverMultistepScheduler": DPMOptions,
     "DPMSolverSinglestepScheduler": SinglestepOptions,
+    "DPMSolverSDEScheduler": DPMSDEOptions,
     "DEISMultistepScheduler": DEISOptions,
     "UniPCMultistepScheduler": UniPCOptions,
     "LCMScheduler": LCMOptions,
@@ -55,11 +55,14 @@ OPTIONS = {
 COSINE = "squaredcos_cap_v2"
 SDE = {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}
 # Read by no sampler here, because they matter only beside options that are refused, or not at all.
-SILENT = {"dynamic_thresholding_ratio", "sample_max_value", "time_shift_type"}
+SILENT = {"time_shift_type"}
 UNREAD = {
-    DDIMOptions: {"clip_sample_range"},
     LCMOptions: {"set_alpha_to_one"},
-    TCDOptions: {"set_alpha_to_one", "clip_sample", "clip_sample_range", "timestep_scaling"},
+    TCDOptions: {
+        *("set_alpha_to_one", "clip_sample", "clip_sample_range", "timestep_scaling"),
+        *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+    },
+    DPMSDEOptions: {"noise_sampler_seed"},
     FlowEulerOptions: {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"},
 }
 # Fields that a class has no parameter for, but reads where another scheduler's configuration left them.
@@ -70,13 +73,12 @@ SHARED = {field.name for field in dataclasses.fields(Training)}
 @pytest.mark.parametrize(("scheduler", "kind"), OPTIONS.items())
 def test_defaults_of_diffusers(scheduler: str, kind: type[Training]) -> None:
     """Our fields and defaults are the parameters of the class, all of them."""
-    parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
+    parameters = inspect.signature(scheduler_class(scheduler).__init__).parameters
     unread = SILENT | UNREAD.get(kind, set()) | {"self"}
     expected = {name: p.default for name, p in parameters.items() if name not in unread}
     ours = {field.name: field.default for field in dataclasses.fields(kind)}
     absent = ours.keys() - expected.keys()
-    respacing = {field.name for field in dataclasses.fields(Respacing)}
-    assert absent <= (respacing if kind is FlowHeunOptions else SHARED | HIDDEN)
+    assert absent <= SHARED | HIDDEN
     if kind is UniPCOptions:
         assert expected.pop("disable_corrector") == []
         del ours["disable_corrector"]
@@ -93,7 +95,7 @@ def test_reference_schedules() -> None:
     assert euler.init_noise_sigma == pytest.approx(13.15847, rel=1e-6)
     karras = make_table(SD, "dpmpp_2m_karras", 20, history=1)
     assert karras.timesteps[:4].tolist() == [999, 962, 921, 876]
-    assert karras.update.shape == (20, 4)
+    assert karras.update.shape == (20, 5)
 
 
 def test_trailing_without_a_negative_timestep() -> None:
@@ -142,7 +144,7 @@ def test_clamp_is_a_bound() -> None:
 
 def test_idle_row_is_the_identity() -> None:
     row = idle_row(HISTORY)
-    assert row.update.tolist() == [[1, 0, 0, 0, 0, 0, 0]]
+    assert row.update.tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
     assert not row.draws.any()
     assert not np.any([*row.timesteps, *row.input_scale, *row.to_prediction[0]])
     assert np.isfinite(row.bounds).all()
@@ -179,6 +181,12 @@ def test_idle_row_is_the_identity() -> None:
         ("TCD", "tcd"),
         ("UnCLIPScheduler", "unclip"),
         ("FlowMatchEulerDiscreteScheduler", "flow_euler"),
+        ("DPM++ SDE Karras", "dpmpp_sde_karras"),
+        ("DPMSolverSDEScheduler", "dpmpp_sde"),
+        ("Euler Beta", "euler_beta"),
+        ("dpm++_2m_sde_beta", "dpmpp_2m_sde_beta"),
+        ("k_euler exponential", "euler_exponential"),
+        ("Flow Euler Karras", "flow_euler_karras"),
     ],
 )
 def test_names(spelling: str, name: str) -> None:
@@ -190,8 +198,6 @@ def test_unknown_sampler() -> None:
         RequestError, match=r"no sampler 'eulre': did you mean 'euler'\? The samplers are ddim, ddpm"
     ):
         make_table(SD, "eulre", 5, history=HISTORY)
-    with pytest.raises(RequestError, match=r"no sampler 'DPM.. SDE Karras': its steps draw noise twice"):
-        find("DPM++ SDE Karras")
     with pytest.raises(RequestError, match="no sampler ''"):
         find("")
 
@@ -211,10 +217,15 @@ def test_class_without_a_sampler() -> None:
 @pytest.mark.parametrize(
     ("sampler", "fields", "message"),
     [
-        ("ddim", {"clip_sample": True}, "clip_sample=True"),
-        ("ddim", {"thresholding": True}, "thresholding=True"),
+        ("ddim", {"clip_sample": True, "clip_sample_range": 0}, "clip_sample_range=0.0 is out of range"),
+        (
+            "ddim",
+            {"thresholding": True, "dynamic_thresholding_ratio": 2},
+            "dynamic_thresholding_ratio=2.0 is",
+        ),
+        ("deis", {"thresholding": True, "sample_max_value": -1}, "sample_max_value=-1.0 is out of range"),
         ("ddim", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
-        ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ("ddpm", {"variance_type": "fixed_large_log"}, "variance_type='fixed_large_log'"),
         ("ddpm", {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
         ("ddpm", {"timestep_spacing": "odd"}, "timestep_spacing='odd'"),
         ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"),
@@ -234,25 +245,23 @@ def test_class_without_a_sampler() -> None:
         ("dpmpp_2m", {**SDE, "solver_order": 3}, "solver_order=3"),
         ("dpmpp_2m", {**SDE, "prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         ("dpmpp_2m", {"algorithm_type": "euler"}, "algorithm_type='euler'"),
-        ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+'"),
+        ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order=3"),
+        ("dpmpp_sde", {"prediction_type": "sample"}, "prediction_type='sample'"),
         ("dpmpp_2s", SDE, "algorithm_type='sde-dpmsolver'"),
         ("deis", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+'"),
-        ("deis", {"thresholding": True}, "thresholding=True"),
         ("unipc", {"solver_type": "bh1"}, "solver_type='bh1' and final_sigmas_type='zero'"),
         ("unipc", {"predict_x0": False}, "predict_x0=False and final_sigmas_type='zero'"),
         ("unipc", {"lower_order_final": False}, "lower_order_final=False and final_sigmas_type='zero'"),
         ("unipc", {"solver_order": 4}, "solver_order=4"),
         ("unipc", {"solver_p": "x"}, "solver_p='x'"),
         ("unipc", {"shift_terminal": 0.1}, "shift_terminal=0.1"),
-        ("lcm", {"thresholding": True}, "thresholding=True"),
         ("lcm", {"original_inference_steps": 4}, "num_inference_steps 5 .* 1 to 4, the original_inference"),
         ("tcd", {"original_inference_steps": 2000}, "original_inference_steps=2000"),
         ("unclip", {}, "beta_schedule='scaled_linear'"),
-        ("unclip", {"beta_schedule": COSINE, "variance_type": "learned_range"}, "variance_type='learned_ra"),
+        ("unclip", {"beta_schedule": COSINE, "variance_type": "fixed_small"}, "variance_type='fixed_small"),
         ("flow_euler", {**FLOW, "use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         ("dpmpp_2m", {"solver_order": 4}, "solver_order=4"),
         ("dpmpp_2m", {"final_sigmas_type": "none"}, "final_sigmas_type='none'"),
-        ("dpmpp_2m", {"variance_type": "learned"}, "variance_type='learned'"),
         ("dpmpp_2m_karras", {"use_exponential_sigmas": True}, "exclude each other"),
         ("euler", {"steps_offset": "1"}, "steps_offset='1' is ill-typed: it must be int"),
         ("euler", {"use_karras_sigmas": 1}, "use_karras_sigmas=1 is ill-typed: it must be bool or None"),
@@ -272,9 +281,11 @@ def test_steps_out_of_range(steps: Any) -> None:
 
 
 def test_eta_out_of_range() -> None:
-    for eta in (-0.1, 1.1, float("nan")):
+    for eta in (-0.1, 1.1):
         with pytest.raises(RequestError, match=r"eta .* is out of range"):
             make_table(SD, "ddim", 5, history=HISTORY, eta=eta)
+    with pytest.raises(RequestError, match="eta nan is not a number"):
+        make_table(SD, "ddim", 5, history=HISTORY, eta=float("nan"))
     with pytest.raises(RequestError, match=r"eta 0\.5 means nothing to sampler 'euler'"):
         make_table(SD, "euler", 5, history=HISTORY, eta=0.5)
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from allaprima.bundle.errors import RequestError
-from allaprima.runtime.noise import Noise
+from allaprima.runtime.noise import Draws, Noise
 from allaprima.runtime.samplers import find, make_table, names
 
-from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, error_of
+from .trajectories import HISTORY, PREDICTIONS, SD, SPACINGS, STEPS, Brownian, error_of, scheduler_class
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -131,9 +131,7 @@ def test_configurations_cross_over(
     config = json.loads(source.to_json_string()) if saved else dict(source.config)
     assert ("_use_default_values" in config) is not saved
     table = make_table(config, info.name, 10, history=HISTORY)
-    target = getattr(diffusers, info.scheduler).from_config(
-        source.config if not saved else config, **info.overrides
-    )
+    target = scheduler_class(info.name).from_config(source.config if not saved else config, **info.overrides)
     arguments = {"eta": 0.0} if info.name == "tcd" else {}
     # diffusers finds the lower sigma of an ancestral step by a difference in float32.
     limit = 1e-4 if info.name.startswith("dpm2_a") else 1e-6
@@ -144,7 +142,7 @@ def test_configurations_cross_over(
     "sampler",
     [
         *("ddim", "ddpm", "euler_a", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2s", "lms", "heun", "dpm2"),
-        *("dpm2_a", "deis", "unipc", "lcm", "tcd"),
+        *("dpm2_a", "deis", "unipc", "lcm", "tcd", "dpmpp_sde"),
     ],
 )
 def test_seeds_of_diffusers(sampler: str) -> None:
@@ -155,15 +153,20 @@ def test_seeds_of_diffusers(sampler: str) -> None:
     stream = Noise(11)
     sample = stream.normal(shape) * np.float32(table.init_noise_sigma)
     history = np.zeros((HISTORY, *shape), np.float32)
+    noise, draws = np.zeros((1, *shape), np.float32), Draws([stream])
     for row in range(len(table.timesteps)):
         p, q = table.to_prediction[row]
         prediction = p * sample + q * np.tanh(sample * table.input_scale[row])
-        noise = stream.normal(shape) if table.draws[row] else np.zeros(shape, np.float32)
-        sample = np.tensordot(table.update[row], np.stack([sample, prediction, noise, *history]), 1)
+        if table.draws[row]:
+            draws.fill(noise, float(table.echoes[row]))
+        terms = np.stack([sample, prediction, noise[0], *history])
+        sample = np.tensordot(table.update[row, :-1], terms, 1)
         history = np.concatenate([prediction[None], history[:-1]])
-    scheduler = getattr(diffusers, info.scheduler).from_config(SD, **info.overrides)
+    scheduler = scheduler_class(sampler).from_config(SD, **info.overrides)
     scheduler.set_timesteps(4)
     generator = torch.Generator().manual_seed(11)
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = Brownian(lambda: torch.randn(shape, generator=generator))
     extra: dict[str, Any] = {"eta": eta} if eta else {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         extra["generator"] = generator
@@ -173,5 +176,7 @@ def test_seeds_of_diffusers(sampler: str) -> None:
     for t in scheduler.timesteps:
         output = torch.tanh(scheduler.scale_model_input(latents, t))
         latents = scheduler.step(output, t, latents, **extra).prev_sample
-    share = 4e-6 if sampler == "dpm2_a" else 1e-6  # diffusers finds its lower sigma by a difference
+    share = (
+        4e-6 if sampler in ("dpm2_a", "dpmpp_sde") else 1e-6
+    )  # diffusers finds its lower sigma by a difference
     np.testing.assert_allclose(sample, latents.numpy(), rtol=0, atol=share * max(10, np.abs(sample).max()))

@@ -1,7 +1,10 @@
 """Whole trajectories: a table and the scheduler of diffusers that it stands for, side by side."""
 
+import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import diffusers
@@ -10,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from allaprima.runtime.samplers import Table
+from allaprima.runtime.samplers import Table, find
 
 F64 = NDArray[np.float64]
 HISTORY = 4
@@ -48,13 +51,47 @@ class Trajectory(NamedTuple):
 
 
 class Model:
-    """Stands for a UNet: anything that depends on its input and changes from call to call."""
+    """Stands for a UNet: anything that depends on its input and changes from call to call.
 
-    def __init__(self) -> None:
+    If it is ``learned``, variances follow as further channels.
+    """
+
+    def __init__(self, *, learned: bool = False) -> None:
         self._random = np.random.default_rng(1)
+        self._learned = learned
 
     def __call__(self, sample: F64) -> F64:
-        return 0.3 * sample + self._random.standard_normal(SHAPE)
+        output: F64 = 0.3 * sample + self._random.standard_normal(SHAPE)
+        if not self._learned:
+            return output
+        return np.concatenate([output, self._random.uniform(0.1, 0.9, SHAPE)], axis=1)
+
+
+class Brownian:
+    """Stands for the Brownian tree of DPM++ SDE: one draw for every half of a step."""
+
+    def __init__(self, draw: Callable[[], torch.Tensor]) -> None:
+        self._draw = draw
+        self._half: tuple[float, float, torch.Tensor] | None = None
+
+    def __call__(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        now, after = float(start), float(end)
+        if self._half is None:
+            self._half = now, after, self._draw()
+            return self._half[2]
+        (begin, middle, first), self._half = self._half, None
+        assert begin == now > middle > after
+        motion = (now - middle) ** 0.5 * first + (middle - after) ** 0.5 * self._draw()
+        return motion / (now - after) ** 0.5
+
+
+def scheduler_class(sampler: str) -> Any:
+    """The class of diffusers that a sampler equals; one of them is hidden where there is no torchsde."""
+    name = find(sampler).scheduler
+    if name != "DPMSolverSDEScheduler":
+        return getattr(diffusers, name)
+    sys.modules.setdefault("torchsde", ModuleType("torchsde"))
+    return importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
 
 
 def noises() -> Callable[[], F64]:
@@ -73,7 +110,7 @@ def run_scheduler(
 
     ``custom`` is given to set_timesteps instead of the number of steps, ``arguments`` to every step.
     """
-    model, noise = Model(), noises()
+    model, noise = Model(learned=is_learned(scheduler)), noises()
     drawn: list[bool] = []
 
     def draw(*_: Any, dtype: torch.dtype, **__: Any) -> torch.Tensor:
@@ -86,6 +123,8 @@ def run_scheduler(
     scheduler.set_timesteps(**({"num_inference_steps": steps} if custom is None else custom))
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it starts at the second of equal timesteps, and runs out of them
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = Brownian(lambda: draw(dtype=torch.float64))
     for name in _FLOATS:
         if hasattr(scheduler, name):
             setattr(scheduler, name, getattr(scheduler, name).double())
@@ -103,22 +142,50 @@ def run_scheduler(
     return Trajectory(samples, [float(timestep) for timestep in scheduler.timesteps], drawn)
 
 
+def is_learned(scheduler: Any) -> bool:
+    """Whether the scheduler wants variances of the model."""
+    return str(scheduler.config.get("variance_type")).startswith("learned")
+
+
 def run_table(table: Table) -> Trajectory:
     """What the denoiser graph and the loop around it do, in float64."""
-    model, noise = Model(), noises()
+    model, noise = Model(learned=table.learned_variance is not None), noises()
     sample = noise() * table.init_noise_sigma
-    history = np.zeros((table.update.shape[1] - 3, *SHAPE))
-    samples = [sample]
+    history = np.zeros((table.update.shape[1] - 4, *SHAPE))
+    samples, last = [sample], np.zeros(SHAPE)
     for row in range(len(table.timesteps)):
-        output = model(sample * table.input_scale[row].astype(np.float64))
-        (p, q), bound = table.to_prediction[row].astype(np.float64), table.bounds[row]
-        prediction = np.clip(p * sample + q * output, -bound, bound)
+        output, *variance = np.split(
+            model(sample * table.input_scale[row].astype(np.float64)),
+            1 if table.learned_variance is None else 2,
+            axis=1,
+        )
+        p, q = table.to_prediction[row].astype(np.float64)
+        raw = p * sample + q * output
+        prediction = _limited(table, row, sample, raw)
         fresh = noise() if table.draws[row] else np.zeros(SHAPE)
+        last, fresh = fresh, fresh + table.echoes[row].astype(np.float64) * last
         update = table.update[row].astype(np.float64)
-        sample = np.tensordot(update, np.stack([sample, prediction, fresh, *history]), 1)
+        terms = np.stack([sample, prediction, np.zeros(SHAPE), *history, raw])
+        weight = update[2]
+        if table.learned_variance is not None:
+            span, share = table.learned_variance[row].astype(np.float64)
+            weight = weight * np.exp(span * variance[0]) + share * np.sqrt(variance[0])
+        sample = np.tensordot(update, terms, 1) + weight * fresh
         history = np.concatenate([prediction[None], history])[: len(history)]
         samples.append(sample)
     return Trajectory(samples, table.timesteps.astype(np.float32).tolist(), table.draws.tolist())
+
+
+def _limited(table: Table, row: int, sample: F64, raw: F64) -> F64:
+    limited = np.clip(raw, -table.bounds[row], table.bounds[row])
+    if table.thresholds is not None:
+        ratio, most = table.thresholds[row].astype(np.float64)
+        level = min(max(np.quantile(np.abs(raw), ratio), 1), most)
+        limited = np.clip(raw, -level, level) / level
+    if table.from_limited is None:
+        return limited
+    r, s = table.from_limited[row].astype(np.float64)
+    return np.asarray(r * sample + s * limited)
 
 
 def error_of(

@@ -1,0 +1,90 @@
+"""How latents look, for previews: the linear map that best fits what the autoencoder makes of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from allaprima.bundle import Latent, Preview
+
+Floats = NDArray[np.float32]
+Encode = Callable[[Sequence[Floats]], Sequence[NDArray[np.generic]]]
+"""Pictures [1,3,height,width] in [-1,1] to the means of their latents [1,C,H,W], as the denoiser has them."""
+
+COUNT, SIDE = 8, 128
+"""How many pictures, and their side in pixels where the model's sizes allow: enough for a dozen numbers."""
+DIGITS = 4
+_SMALLEST = 1e-3
+
+
+def fit_preview(encode: Encode, latent: Latent) -> Preview | None:
+    """Least squares from latents to the mean colours of their pixels; None if latents are not finite.
+
+    A poor fit is kept too: a dull preview is what such an autoencoder has to show. The same latents give the
+    same map.
+    """
+    side = max(1, SIDE // latent.multiple) * latent.multiple
+    random = np.random.default_rng(0)
+    pictures = [_DRAWN[index % len(_DRAWN)](random, side) for index in range(COUNT)]
+    encoded = encode([_encodable(picture) for picture in pictures])
+    features = np.concatenate(
+        [np.asarray(each, np.float64).reshape(latent.channels, -1).T for each in encoded]
+    )
+    colours = np.concatenate([_pooled(picture, latent.downscale) for picture in pictures])
+    if not np.isfinite(features).all():
+        return None
+    # A channel that never changes is left out, instead of being blown up.
+    features = np.append(features, np.ones((len(features), 1)), axis=1)
+    solution = np.linalg.lstsq(features, colours, rcond=_SMALLEST)[0].round(DIGITS)
+    rows = tuple(tuple(map(float, row)) for row in solution)
+    return Preview(matrix=rows[:-1], offset=rows[-1])
+
+
+def _encodable(picture: NDArray[np.uint8]) -> Floats:
+    image = picture.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+    return np.ascontiguousarray(image)
+
+
+def _pooled(picture: NDArray[np.uint8], downscale: int) -> NDArray[np.float64]:
+    """The mean colour of each block of pixels, from 0 to 1, [H*W,3]."""
+    height, width = (side // downscale for side in picture.shape[:2])
+    blocks = picture.reshape(height, downscale, width, downscale, 3)
+    return np.asarray(blocks.mean((1, 3)).reshape(-1, 3) / 255)
+
+
+def _smooth(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
+    """Colours that run into each other."""
+    few = random.integers(0, 256, (5, 5, 3), np.uint8)
+    return np.asarray(Image.fromarray(few).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _patches(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
+    """Flat squares of many colours, of which some are pure and some gray."""
+    few = random.integers(0, 256, (6, 6, 3), np.uint8)
+    few[::2, ::2] = np.where(few[::2, ::2] < 128, 0, 255)
+    few[1::2, 1::2] = few[1::2, 1::2, :1]
+    return np.asarray(Image.fromarray(few).resize((side, side), Image.Resampling.NEAREST))
+
+
+def _things(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
+    """Discs and rectangles on a plain ground."""
+    colours = [tuple(map(int, colour)) for colour in random.integers(0, 256, (9, 3))]
+    image = Image.new("RGB", (side, side), colours[0])
+    draw = ImageDraw.Draw(image)
+    for index, colour in enumerate(colours[1:]):
+        x, y = (int(value) for value in random.integers(0, side, 2))
+        wide, high = (int(value) for value in random.integers(side // 8, side // 2, 2))
+        (draw.ellipse if index % 2 else draw.rectangle)((x, y, x + wide, y + high), fill=colour)
+    return np.asarray(image)
+
+
+def _rough(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
+    """Smooth colours under grain."""
+    grain = random.normal(0, 30, (side, side, 1))
+    return np.asarray((_smooth(random, side) + grain).clip(0, 255).round(), np.uint8)
+
+
+_DRAWN = (_smooth, _patches, _things, _rough)
