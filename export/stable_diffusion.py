@@ -68,8 +68,8 @@ def _check_scaling(vae: Mapping[str, Any]) -> None:
     for field in ("latents_mean", "latents_std", "shift_factor"):
         if vae.get(field):
             raise ExportError(
-                f"the autoencoder has {field} {vae[field]!r}: this exporter knows those with a scaling_factor "
-                "alone"
+                f"the autoencoder has {field} {vae[field]!r}: known are those that only scale "
+                "(scaling_factor)"
             )
 
 
