@@ -86,4 +86,6 @@ class Beginning:
         if mask is not None:
             image = without(image, mask)
         mean, deviation = self._encoder().encode(image)
+        if deviation is None:
+            return np.stack([mean] * len(self.streams))
         return np.stack([mean + deviation * stream.normal(mean.shape) for stream in self.streams])

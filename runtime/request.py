@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from allaprima.runtime.sampling import Sampling
 
 Latents = NDArray[np.float32]
 OutputType = Literal["pil", "latent"]
+Number = TypeVar("Number", int, float)
 
 MOST_PIXELS = 1 << 28
 """Of all pictures of a request together, a thousand of 512 x 512: what takes more than a device's memory is
@@ -67,6 +68,8 @@ class Settings:
     micro_conditioning: MicroConditioning | None = None
     output_type: OutputType = "pil"
     guidance_embedded: bool = False
+    prior_num_inference_steps: int | None = None
+    prior_guidance_scale: float | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
@@ -119,6 +122,8 @@ class Options(TypedDict, total=False):
     negative_target_size: tuple[int, int] | None
     negative_aesthetic_score: float | None
     output_type: OutputType
+    prior_num_inference_steps: int | None
+    prior_guidance_scale: float | None
     sampling: Sampling | Mapping[str, Any] | None
 
 
@@ -144,6 +149,7 @@ class Request:
     `denoising_end`, between 0 and 1, stops after this share of the noise schedule, and `denoising_start` goes
     on from there with latents: a base model and its refiner. Both count the steps of the whole.
     `original_size` to `negative_aesthetic_score`: see `MicroConditioning`.
+    `prior_num_inference_steps` and `prior_guidance_scale` are for the prior of a model that has one.
     `sampling` says more of the sampler (see `Sampling`): custom timesteps or sigmas, which say the number of
     steps, churn, order, and options of the scheduler.
     """
@@ -180,6 +186,8 @@ class Request:
     negative_target_size: tuple[int, int] | None = None
     negative_aesthetic_score: float | None = None
     output_type: OutputType = "pil"
+    prior_num_inference_steps: int | None = None
+    prior_guidance_scale: float | None = None
     sampling: Sampling | Mapping[str, Any] | None = None
 
     def check(self, manifest: Manifest) -> Settings:
@@ -225,6 +233,8 @@ class Request:
             micro_conditioning=read_micro_conditioning(self._sizes(), manifest),
             output_type=_output_type(self.output_type),
             guidance_embedded=_takes(manifest, "timestep_cond"),
+            prior_num_inference_steps=_maybe(fields.whole, self, "prior_num_inference_steps", 2),
+            prior_guidance_scale=_maybe(fields.finite, self, "prior_guidance_scale"),
             sampling=sampling,
         )
         _check_steps(settings)
@@ -277,6 +287,12 @@ class Request:
     def _sizes(self) -> dict[str, object]:
         negative = (f"negative_{name}" for name in SIZES)
         return {name: getattr(self, name) for name in (*SIZES, *negative, *SCORES)}
+
+
+def _maybe(check: Callable[..., Number], request: Request, name: str, *least: int) -> Number | None:
+    """A field that is checked if it is given."""
+    value = getattr(request, name)
+    return None if value is None else check(name, value, *least)
 
 
 def _takes(manifest: Manifest, condition: str) -> bool:
