@@ -24,6 +24,7 @@ from allaprima.bundle import (
     resolve,
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
+from allaprima.runtime.conventions import conventions_of
 from allaprima.runtime.families import needed, open_family
 from allaprima.runtime.finite import check_latents
 from allaprima.runtime.inpainting import Kept
@@ -188,8 +189,13 @@ class Pipeline:
             check_table(table, self._sessions["denoiser"])
             told = self._family.plan(settings)
             denoiser = self._prepare(settings, told.length)
+            manifest = self.bundle.manifest
             beginning = Beginning(
-                settings, table, self.bundle.manifest.latent, lambda: self._picture_encoder(settings)
+                settings,
+                table,
+                manifest.latent,
+                lambda: self._picture_encoder(settings),
+                conventions_of(manifest),
             )
             told.draw(beginning.streams)
             kept = beginning.write(denoiser)

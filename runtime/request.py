@@ -13,6 +13,7 @@ from PIL import Image
 
 from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime import fields
+from allaprima.runtime.conventions import conventions_of
 from allaprima.runtime.inpainting import read_mask
 from allaprima.runtime.micro_conditioning import SCORES, SIZES, MicroConditioning, read_micro_conditioning
 from allaprima.runtime.pictures import Source, fitting_size, read_latents, read_picture
@@ -26,10 +27,8 @@ Number = TypeVar("Number", int, float)
 MOST_PIXELS = 1 << 28
 """Of all pictures of a request together, a thousand of 512 x 512: what takes more than a device's memory is
 told when it is known, but no memory is asked for on this scale."""
-STRENGTH = 0.8
-"""How much of a picture is painted over if a request does not say."""
 MASKED_STRENGTH = 1.0
-"""The same for the part of it that a mask shows."""
+"""How much of the part that a mask shows is painted over if a request does not say."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ class Request:
     penultimate layer's states, None or 0 all layers. `guidance_rescale`, between 0 and 1, brings the contrast
     that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
     `image` is a picture to begin with; without `height` and `width` its own size is taken, rounded down to
-    what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8. It may
-    also be latents [N,C,H,W] as another request with the `output_type` "latent" has them.
+    what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8, and 0.3
+    for Kandinsky. It may also be latents [N,C,H,W] as another request with the `output_type` "latent" has them.
     `mask`, a picture of the same size, says where: white is painted over (with a strength of 1 if none is
     given), black stays.
     `variation_strength`, from 0 to 1, turns the first noise of `seed` towards that of `variation_seed` (None
@@ -222,7 +221,7 @@ class Request:
             prompt_weights=fields.flag("prompt_weights", self.prompt_weights),
             clip_skip=fields.whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
             guidance_rescale=fields.share("guidance_rescale", self.guidance_rescale),
-            strength=self._strength(),
+            strength=self._strength(manifest),
             picture=picture,
             latents=latents,
             variation_seed=_variation(self.variation_seed, self.variation_strength, count),
@@ -275,13 +274,13 @@ class Request:
             )
         return height, width
 
-    def _strength(self) -> float | None:
+    def _strength(self, manifest: Manifest) -> float | None:
         if self.image is None or self.denoising_start is not None:
             if self.strength is not None:
                 why = "there is no image to paint over" if self.image is None else "denoising_start says it"
                 raise RequestError(f"strength is {self.strength!r}, but {why}: leave it out")
             return None
-        usual = STRENGTH if self.mask is None else MASKED_STRENGTH
+        usual = conventions_of(manifest).strength if self.mask is None else MASKED_STRENGTH
         return usual if self.strength is None else fields.share("strength", self.strength)
 
     def _sizes(self) -> dict[str, object]:
