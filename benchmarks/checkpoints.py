@@ -2,18 +2,21 @@
 
 ```
 python -m allaprima.benchmarks.checkpoints build/benchmarks/sd15-random
+python -m allaprima.benchmarks.checkpoints build/benchmarks/sdxl-random --model sdxl
 ```
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES = Path(__file__).resolve().parents[1] / "models" / "shapes" / "checkpoint"
 """The checkpoint of the project's own small model."""
@@ -54,18 +57,50 @@ SCHEDULER: dict[str, Any] = {
 """The configurations of Stable Diffusion 1.5, where they differ from their classes' defaults."""
 
 
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TEXT_ENCODER_2: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+SDXL_SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+"""The configurations of SDXL 1.0; its first text encoder and its VAE are near those above."""
+
+
 def write_sd15(folder: Path, *, seed: int = 0) -> None:
     """Write a diffusers folder with the networks of Stable Diffusion 1.5 and distinct random weights in fp16.
 
     The tokenizer is that of `shapes`, since CLIP's cannot be made up: it uses only the first of the 49,408
-    embeddings, which changes no shape and no time. The same seed gives the same weights. One network at
+    embeddings, which changes no shape and no time. The same seed gives the same weights. One tensor at
     a time is in memory; model_index.json comes last, so an interrupted folder is no checkpoint.
     """
     import diffusers
     import transformers
 
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(SHAPES / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    _write_tokenizer(folder / "tokenizer")
     text = transformers.CLIPTextConfig(**TEXT_ENCODER)
     _write(folder / "text_encoder", seed, lambda: transformers.CLIPTextModel(text))
     _write(folder / "unet", seed + 1, lambda: diffusers.UNet2DConditionModel(**UNET))
@@ -85,40 +120,86 @@ def write_sd15(folder: Path, *, seed: int = 0) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_sdxl(folder: Path, *, seed: int = 0) -> None:
+    """As `write_sd15`, with the networks of SDXL 1.0; the second tokenizer pads with its token 0."""
+    import diffusers
+    import transformers
+
+    _write_tokenizer(folder / "tokenizer")
+    _write_tokenizer(folder / "tokenizer_2", pad="!")
+    first, second = (transformers.CLIPTextConfig(**one) for one in (TEXT_ENCODER, TEXT_ENCODER_2))
+    _write(folder / "text_encoder", seed, lambda: transformers.CLIPTextModel(first))
+    _write(folder / "text_encoder_2", seed + 1, lambda: transformers.CLIPTextModelWithProjection(second))
+    _write(folder / "unet", seed + 2, lambda: diffusers.UNet2DConditionModel(**SDXL_UNET))
+    vae = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+    _write(folder / "vae", seed + 3, lambda: diffusers.AutoencoderKL(**vae))
+    diffusers.EulerDiscreteScheduler(**SDXL_SCHEDULER).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, pad: str | None = None) -> None:
+    if pad is None:
+        shutil.copytree(SHAPES / "tokenizer", folder, dirs_exist_ok=True)
+        return
+    from transformers import CLIPTokenizer
+
+    CLIPTokenizer.from_pretrained(SHAPES / "tokenizer", pad_token=pad).save_pretrained(folder)
+
+
 def _write(folder: Path, seed: int, make: Callable[[], Any]) -> None:
+    """The model's configuration, and random weights under the names and in the shapes of its own."""
     import torch
 
-    torch.manual_seed(seed)
-    with _half(), torch.no_grad():
-        model = make()
-        # The classes' own initialisation keeps activations small, but leaves vectors at one or zero: an
-        # exporter may merge tensors that are equal, which those of a trained model never are.
-        for weight in model.parameters():
-            if weight.ndim == 1:
-                weight.add_(0.02 * torch.randn_like(weight))
-    model.save_pretrained(folder)
+    from allaprima.export.loading import DIFFUSERS, TRANSFORMERS
+    from allaprima.export.weights import write_weights
+
+    with torch.device("meta"):
+        model = make().half()
+    random = torch.Generator().manual_seed(seed)
+    weights = {name: weight for name, weight in model.state_dict().items() if weight.is_floating_point()}
+    folder.mkdir(parents=True, exist_ok=True)
+    diffusers_own = hasattr(model, "save_config")
+    (model.save_config if diffusers_own else model.config.save_pretrained)(folder)
+    write_weights(
+        weights,
+        folder / (DIFFUSERS if diffusers_own else TRANSFORMERS),
+        lambda name: _draw(name, weights[name].shape, random),
+    )
 
 
-@contextlib.contextmanager
-def _half() -> Iterator[None]:
-    """New weights in fp16 from the start, which takes half the memory of converting them."""
+def _draw(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor:
+    """Values that keep activations small, and no two tensors equal, which an exporter may merge."""
     import torch
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    if len(shape) > 1:
+        bound = (shape[0] / shape.numel()) ** 0.5  # of the number of inputs, as torch's layers have it
+        return torch.empty(shape).uniform_(-bound, bound, generator=random).half()
+    values = 0.02 * torch.randn(shape, generator=random)
+    return (values + 1 if name.endswith("weight") else values).half()
+
+
+MODELS = {"sd15": write_sd15, "sdxl": write_sdxl}
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m allaprima.benchmarks.checkpoints", description=__doc__)
-    parser.add_argument("folder", type=Path, help="the folder to write, 2.1 GB")
+    parser.add_argument("folder", type=Path, help="the folder to write, 2.1 GB (SDXL 6.9 GB)")
+    parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    write_sd15(options.folder, seed=options.seed)
+    MODELS[options.model](options.folder, seed=options.seed)
 
 
 if __name__ == "__main__":

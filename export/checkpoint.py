@@ -20,6 +20,7 @@ from allaprima.export.family import Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.presets import Usage
 from allaprima.export.preview import Floats, fit_preview
+from allaprima.export.segments import Arrays, run_graph
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
@@ -114,8 +115,8 @@ def _fit_preview(folder: Path, encoder: Component, family: Family) -> Preview | 
     """The graph that was just written looks at drawn pictures; it takes no more than its check did."""
 
     def encode(images: Sequence[Floats]) -> list[NDArray[np.generic]]:
-        batches: list[parity.Arrays] = [{"image": image} for image in images]
-        made = parity.run_graph(folder / encoder.graph, batches, widen=encoder.precision == "bf16")
+        batches: list[Arrays] = [{"image": image} for image in images]
+        made = run_graph(folder / encoder.graph, batches, widen=encoder.precision == "bf16")
         return [next(iter(each.values())) for each in made]  # the mean, or the latents themselves
 
     return fit_preview(encode, family.latent)
@@ -161,18 +162,8 @@ def _export_component(
     gc.collect()
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))
-    inputs, outputs = plan.inputs, plan.outputs
-    _release(plan.module)
-    del plan
-    gc.collect()
     errors = parity.check(part, folder / graph, precision, trials)
-    return Component(graph, precision, inputs, outputs, errors, family.overflows(part))
-
-
-def _release(module: torch.nn.Module) -> None:
-    """Give the weights' memory back: torch's exporter keeps the parameters alive when the module is gone."""
-    for weight in module.parameters():
-        weight.data = torch.empty(0)
+    return Component(graph, precision, plan.inputs, plan.outputs, errors, family.overflows(part))
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:

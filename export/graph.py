@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 import os
 import warnings
@@ -16,12 +15,12 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
-from onnxscript import optimizer
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from onnxscript import optimizer, rewriter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allaprima.bundle import ExportError, TensorSpec
 from allaprima.export.reason import reason
+from allaprima.export.weights import StoredTensor, address, write_weights
 
 OPSET = 23
 """The first opset with `Attention`, which every backend fuses or takes apart by itself."""
@@ -58,16 +57,16 @@ def write_graph(plan: GraphPlan, path: Path) -> None:
     _strip(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_weights(plan.module.state_dict(), model, path.parent)
+        _write_weights(plan.module.state_dict(keep_vars=True), model, path.parent)
         onnx_ir.save(model, path)
-    except (OSError, SafetensorError) as cause:
+    except OSError as cause:
         raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
     _check(plan, model, path)
 
 
 def _trace(plan: GraphPlan) -> onnx_ir.Model:
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _without_values(plan.module):
             program = torch.onnx.export(
                 plan.module.eval(),
                 tuple(plan.example.values()),
@@ -81,7 +80,7 @@ def _trace(plan: GraphPlan) -> onnx_ir.Model:
             )
             if program is None:
                 raise ExportError("torch.onnx.export gave no program")
-            with _hidden(program.model, plan.module.state_dict().keys()):
+            with _hidden(program.model, plan.module.state_dict().keys()), _quick_rules():
                 optimizer.optimize_ir(program.model)
             return program.model
     except Exception as cause:
@@ -95,6 +94,48 @@ def _dynamic_shapes(plan: GraphPlan) -> tuple[Any, ...]:
     gathered = inspect.Parameter.VAR_POSITIONAL
     single = kinds.index(gathered) if gathered in kinds else len(axes)
     return (*axes[:single], tuple(axes[single:])) if axes[single:] else tuple(axes)
+
+
+@contextlib.contextmanager
+def _without_values(module: torch.nn.Module) -> Iterator[None]:
+    """Put tensors without values in the place of weights on disk: a graph needs only their shapes."""
+    owners = [
+        owner for part in module.modules() for owner in (vars(part)["_parameters"], vars(part)["_buffers"])
+    ]
+    places: list[tuple[dict[str, Any], str, StoredTensor]] = [
+        (owner, name, weight)
+        for owner in owners
+        for name, weight in owner.items()
+        if isinstance(weight, StoredTensor)
+    ]
+    fakes: dict[int, torch.Tensor] = {}
+    mode = FakeTensorMode()
+    for _, _, weight in places:
+        with mode:
+            empty = torch.empty(weight.shape, dtype=weight.dtype)
+        parameter = isinstance(weight, torch.nn.Parameter)
+        fakes.setdefault(id(weight), torch.nn.Parameter(empty, requires_grad=False) if parameter else empty)
+    try:
+        for owner, name, weight in places:
+            owner[name] = fakes[id(weight)]
+        yield
+    finally:
+        for owner, name, weight in places:
+            owner[name] = weight
+
+
+@contextlib.contextmanager
+def _quick_rules() -> Iterator[None]:
+    """Without the optimizer's one rule that looks for pairs of nodes, which takes the square of their number.
+
+    It makes a Split of two Slices that are halves; for SDXL's UNet it takes minutes, to find none.
+    """
+    rules = rewriter._DEFAULT_REWRITE_RULES
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextlib.contextmanager
@@ -128,25 +169,20 @@ def _strip(model: onnx_ir.Model) -> None:
 def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path) -> None:
     """Move the parameters out of the graph, each under its name without the wrapper's prefix."""
     initializers = model.graph.initializers
-    owners: dict[int, str] = {}
+    owners: dict[object, str] = {}  # tied weights are stored once
     names = {
-        name: owners.setdefault(tensor.data_ptr(), name.partition(".")[2])  # tied weights are stored once
+        name: owners.setdefault((address(tensor), tensor.dtype), name.partition(".")[2])
         for name, tensor in state.items()
         if name in initializers
     }
-    stored = {saved: state[name].contiguous() for name, saved in reversed(names.items())}
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    with (folder / WEIGHTS).open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
+    places = write_weights({saved: state[name] for name, saved in reversed(names.items())}, folder / WEIGHTS)
     for name, saved in names.items():
         tensor = initializers[name].const_value
         if tensor is not None:
-            first, last = header[saved]["data_offsets"]
             initializers[name].const_value = onnx_ir.ExternalTensor(
                 WEIGHTS,
-                start + first,
-                last - first,
+                places[saved].start,
+                places[saved].length,
                 tensor.dtype,
                 name=name,
                 shape=onnx_ir.Shape(state[name].shape),

@@ -15,11 +15,11 @@ from allaprima.export.configuration import levels, read_defaults, read_scheduler
 from allaprima.export.encoders import ImageDecoder, QuantizedEncoder
 from allaprima.export.family import Family, TextModel
 from allaprima.export.graph import GraphPlan
-from allaprima.export.reason import reason
 from allaprima.export.source import Checkpoint
 from allaprima.export.step import Shape, plan_step
 from allaprima.export.unclip import ImageDenoiser, PriorDenoiser
 from allaprima.export.update import THRESHOLDING, VARIANCE
+from allaprima.export.weights import open_weights
 
 _TASKS = ("", "Img2Img", "Inpaint")
 DECODERS = tuple(f"KandinskyV22{task}Pipeline" for task in _TASKS)
@@ -228,20 +228,17 @@ def _read_conditions(unet: Mapping[str, Any], channels: int) -> dict[str, Shape]
 
 def _read_statistics(prior: Checkpoint, width: int) -> dict[str, list[float]]:
     """Mean and standard deviation, with which the prior's samples become embeddings of pictures."""
-    from safetensors import safe_open
-
-    found: dict[str, list[float]] = {}
-    try:
-        for file in sorted(prior.place("prior").glob("*.safetensors")):
-            with safe_open(file, "pt") as tensors:
-                for name in {"clip_mean", "clip_std"} & set(tensors.keys()):
-                    found[name.removeprefix("clip_")] = tensors.get_tensor(name).float().flatten().tolist()
-    except Exception as cause:
-        raise ExportError(f"the weights in '{prior.place('prior')}' cannot be read: {reason(cause)}") from cause
+    place = prior.place("prior")
+    weights = open_weights(sorted(place.glob("*.safetensors")))
+    found = {
+        name: weights[f"clip_{name}"].float().flatten().tolist()
+        for name in ("mean", "std")
+        if f"clip_{name}" in weights
+    }
     for name in ("mean", "std"):
         if len(found.get(name, ())) != width:
-            raise ExportError(f"'{prior.place('prior')}' has no clip_{name} of {width} numbers")
-    return {name: found[name] for name in ("mean", "std")}
+            raise ExportError(f"'{place}' has no clip_{name} of {width} numbers")
+    return found
 
 
 def _embed_zeros(prior: Checkpoint, width: int) -> list[float]:

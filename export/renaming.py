@@ -15,6 +15,7 @@ import torch
 
 from allaprima.bundle import ExportError
 from allaprima.export.layouts import UNET, VAE, Text, Weights
+from allaprima.export.weights import address
 
 _AVERAGED = "model_ema.diffusion_model"
 _TRAINING = (f"{VAE}loss.", f"{VAE}model_ema.")
@@ -99,8 +100,8 @@ def _from_open_clip(weights: Weights) -> dict[str, torch.Tensor]:
 
 def _without_place(own: Weights, mapped: Weights) -> list[str]:
     """Tensors that the map left out, which it does without a word. It copies none: addresses tell them."""
-    used = {value.data_ptr() for value in mapped.values()}
-    return [name for name, value in own.items() if value.data_ptr() not in used]
+    used = {address(value) for value in mapped.values()}
+    return [name for name, value in own.items() if address(value) not in used]
 
 
 def _refuse(part: str, names: Iterable[str]) -> None:

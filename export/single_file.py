@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from allaprima.bundle import ExportError
 from allaprima.export.layouts import Text, Weights, find_release, read_index, read_scheduler
 from allaprima.export.networks import check_addition, read_text, read_unet, read_vae
 from allaprima.export.reason import reason
 from allaprima.export.renaming import listed, rename_text, rename_unet, rename_vae
+from allaprima.export.weights import open_weights, write_weights
 
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"
 
@@ -85,12 +85,9 @@ def _named(file: Path, part: str = "") -> Iterator[None]:
 
 
 def read_weights(file: Path, *, pickle: bool) -> Weights:
-    """All tensors of a file by name, mapped from disk where the format allows. Raises ExportError."""
+    """All tensors of a file by name, on disk where the format allows. Raises ExportError."""
     if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except Exception as cause:
-            raise ExportError(f"'{file}' cannot be read as safetensors: {reason(cause)}") from cause
+        return open_weights([file])
     if file.suffix not in (".ckpt", ".pt", ".pth"):
         raise ExportError(f"'{file}' is neither a .safetensors nor a .ckpt file")
     if not pickle:
@@ -157,9 +154,9 @@ def _write_part(file: Path, folder: Path, config: Mapping[str, Any], tensors: We
     path = folder / f"{'model' if 'architectures' in config else 'diffusion_pytorch_model'}.safetensors"
     try:
         folder.mkdir(parents=True)
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_weights(tensors, path)
         _write_json(folder / "config.json", config)
-    except Exception as cause:  # the library's own class tells of a full disk
+    except OSError as cause:
         raise ExportError(f"'{path}' cannot be written: {reason(cause)}") from cause
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from allaprima.bundle import ExportError
-from allaprima.export.completeness import check_completeness
+from allaprima.export.loading import load_model
 from allaprima.export.reason import reason
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -72,28 +72,17 @@ class Checkpoint:
         return kind
 
     def load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
-        """The model of one part with its weights in `dtype`, ready to trace.
+        """The model of one part in `dtype`, ready to trace; its weights stay on disk (see `StoredTensor`).
 
         Raises:
             ExportError: as `check`, or files that are broken, or tensors that are not those of the model.
         """
-        kind = self.check(part)
+        kind, folder = self.check(part), self.place(part)
         try:
             with _silent():
-                model, report = kind.from_pretrained(
-                    self.place(part),
-                    use_safetensors=True,
-                    local_files_only=True,
-                    dtype=dtype,
-                    output_loading_info=True,
-                )
-            check_completeness(report["missing_keys"], report["unexpected_keys"])
+                return load_model(kind, folder, dtype)
         except Exception as cause:
-            raise ExportError(
-                f"{self.place(part)} cannot be loaded as {kind.__name__}: {reason(cause)}"
-            ) from cause
-        module: torch.nn.Module = model.eval().requires_grad_(False)
-        return module
+            raise ExportError(f"{folder} cannot be loaded as {kind.__name__}: {reason(cause)}") from cause
 
 
 def open_checkpoint(source: str) -> Checkpoint:

@@ -50,7 +50,7 @@ LAYERS = {
 DRIVERS: dict[str, tuple[str, ...]] = {
     "cuda": ("runtime/cuda.py", "runtime/exchange.py"),
     # Export may not import the runtime, so its check against torch opens graphs itself.
-    "onnxruntime": ("runtime/sessions/ort.py", "runtime/sessions/ort_cuda.py", "export/parity.py"),
+    "onnxruntime": ("runtime/sessions/ort.py", "runtime/sessions/ort_cuda.py", "export/segments.py"),
     "openvino": ("runtime/sessions/openvino.py",),
     "polygraphy": ("engine/tensorrt.py",),
     "tensorrt": (),
@@ -150,7 +150,7 @@ def test_imports(path: Path) -> None:
         (
             "runtime/a.py",
             "def f():\n    import onnxruntime",
-            "only runtime/sessions/ort.py, runtime/sessions/ort_cuda.py, export/parity.py may import it",
+            "only runtime/sessions/ort.py, runtime/sessions/ort_cuda.py, export/segments.py may import it",
         ),
         ("runtime/a.py", "def f():\n    import tensorrt", "no file so far may import it"),
         ("runtime/sessions/ort.py", "import onnxruntime as ort", "inside a function"),
