@@ -231,7 +231,7 @@ def _read_statistics(prior: Checkpoint, width: int) -> dict[str, list[float]]:
     place = prior.place("prior")
     weights = open_weights(sorted(place.glob("*.safetensors")))
     found = {
-        name: weights[f"clip_{name}"].float().flatten().tolist()
+        name: weights[f"clip_{name}"].clone().float().flatten().tolist()
         for name in ("mean", "std")
         if f"clip_{name}" in weights
     }
