@@ -31,7 +31,9 @@ def read_family(checkpoint: Checkpoint, *, thresholding: bool = False) -> Family
     """
     if checkpoint.pipeline not in PIPELINES:
         known = ", ".join(PIPELINES)
-        raise ExportError(f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known}")
+        raise ExportError(
+            f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known} and Kandinsky 2.2"
+        )
     large = checkpoint.pipeline in LARGE
     texts = _read_texts(checkpoint, large=large)
     for part in ("unet", "vae"):

@@ -26,9 +26,10 @@ class Conventions:
     masks_latents: bool = False
 
 
-_CONVENTIONS = {"kandinsky-2.2": Conventions(0.3, Image.Resampling.BICUBIC, 1.0, masks_latents=True)}
+USUAL = Conventions()
+_OTHERS = {"kandinsky-2.2": Conventions(0.3, Image.Resampling.BICUBIC, 1.0, masks_latents=True)}
 
 
 def conventions_of(manifest: Manifest) -> Conventions:
     """Those of a bundle's family."""
-    return _CONVENTIONS.get(manifest.family, Conventions())
+    return _OTHERS.get(manifest.family, USUAL)

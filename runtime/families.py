@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from allaprima.bundle import Bundle, BundleError, Manifest, RequestError
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
-from allaprima.runtime.kandinsky import PRIOR, Kandinsky
+from allaprima.runtime.kandinsky import Kandinsky
 from allaprima.runtime.noise import Noise
+from allaprima.runtime.prior import COMPONENT as PRIOR
 from allaprima.runtime.request import Settings
 from allaprima.runtime.session import Session
 from allaprima.runtime.stages import Denoiser, TextEncoder
@@ -107,7 +108,7 @@ class _Texts:
         self.conditioning.write(self.encoders, denoiser, self.session.memory, self.settings)
 
 
-_FAMILIES = {
+_FAMILIES: Mapping[str, tuple[Callable[[Bundle, Mapping[str, Session]], Family], tuple[str, ...]]] = {
     "stable-diffusion": (StableDiffusion, COMPONENTS),
     "kandinsky-2.2": (Kandinsky, (PRIOR, *COMPONENTS)),
 }

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from allaprima.bundle import Latent, RequestError
-from allaprima.runtime.conventions import Conventions
+from allaprima.runtime.conventions import USUAL, Conventions
 from allaprima.runtime.inpainting import Kept, grown, latent_mask, without
 from allaprima.runtime.noise import Noise, turned
 from allaprima.runtime.pictures import encodable
@@ -32,7 +32,7 @@ class Beginning:
         table: Table,
         latent: Latent,
         encoder: Callable[[], Encoder],
-        conventions: Conventions = Conventions(),
+        conventions: Conventions = USUAL,
     ) -> None:
         """`encoder` gives the image encoder of the request's size, if a picture needs it."""
         self._settings, self._table, self._latent, self._encoder = settings, table, latent, encoder

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from allaprima.bundle import Latent, RequestError
-from allaprima.runtime.conventions import Conventions
+from allaprima.runtime.conventions import USUAL, Conventions
 
 Source = Image.Image | NDArray[np.uint8] | bytes | str | Path
 """A Pillow image, an array [height,width,3] of 8 bits, a file's contents, or its path."""
@@ -94,7 +94,7 @@ def fitting_size(image: Image.Image, multiple: int) -> tuple[int, int]:
 
 
 def encodable(
-    image: Image.Image, height: int, width: int, conventions: Conventions = Conventions()
+    image: Image.Image, height: int, width: int, conventions: Conventions = USUAL
 ) -> NDArray[np.float32]:
     """[1,3,height,width] in [-1,1], resized as diffusers' pipelines of the family do it."""
     gap = conventions.reducing_gap

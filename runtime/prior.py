@@ -1,4 +1,4 @@
-"""A prior: from a text to the embedding of a picture that it could belong to, by a sampling loop of its own."""
+"""A prior: from a text to the embedding of a picture that it could belong to, in a sampling loop."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_prior_settings(bundle: Bundle) -> PriorSettings:
 
 @dataclass(frozen=True)
 class Text:
-    """A text as the prior takes it: hidden states [L,W], their projection [D], and which are of tokens [L]."""
+    """A text as the prior takes it: hidden states [L,W], their projection [D], what is of tokens [L]."""
 
     states: Floats
     pooled: Floats

@@ -140,7 +140,8 @@ class Request:
     that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
     `image` is a picture to begin with; without `height` and `width` its own size is taken, rounded down to
     what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8, and 0.3
-    for Kandinsky. It may also be latents [N,C,H,W] as another request with the `output_type` "latent" has them.
+    for Kandinsky. It may also be latents [N,C,H,W] as another request with the `output_type` "latent" has
+    them.
     `mask`, a picture of the same size, says where: white is painted over (with a strength of 1 if none is
     given), black stays.
     `variation_strength`, from 0 to 1, turns the first noise of `seed` towards that of `variation_seed` (None

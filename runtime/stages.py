@@ -136,13 +136,14 @@ class Encoder:
         self._precision = session.precision
         shape = 1, latent.channels, height // latent.downscale, width // latent.downscale
         self._image = session.memory.allocate({"image": ((1, 3, height, width), np.float32)})
-        self._latents = session.memory.allocate({name: (shape, np.float32) for name in self._names})
+        self._latents = session.memory.allocate(dict.fromkeys(self._names, (shape, np.float32)))
         self._binding = session.bind({**self._image.tensors, **self._latents.tensors})
 
     def encode(self, image: Floats) -> tuple[Floats, Floats | None]:
         """Mean and standard deviation [C,H,W] of the latents of an image [1,3,height,width] in [-1,1].
 
-        The deviation is None where the graph makes the latents themselves. Valid until the next call. Raises BackendError, also for values that are not finite.
+        The deviation is None where the graph makes the latents themselves. Valid until the next call. Raises
+        BackendError, also for values that are not finite.
         """
         self._image.tensors["image"].array[...] = image
         self._image.push()
