@@ -43,6 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", metavar="N", type=int, help="the bundle's default number of steps")
     parser.add_argument("--guidance", metavar="SCALE", type=float, help="the bundle's default guidance scale")
+    parser.add_argument(
+        "--prior", metavar="CHECKPOINT", help="of a Kandinsky decoder: the folder or hub id of its prior"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 
@@ -66,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
             single=SingleFile(options.tokenizer, options.prediction, options.allow_pickle),
             thresholding=options.thresholding,
             usage=Usage(options.preset, options.steps, options.guidance),
+            prior=options.prior,
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:

@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_pictures(parser)
     add_sampling(parser)
     add_xl(parser)
+    _add_prior(parser)
     parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
@@ -97,6 +98,15 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--guidance-rescale", metavar="X", type=float, default=0.0, help="tames strong guidance, 0 to 1"
+    )
+
+
+def _add_prior(parser: argparse.ArgumentParser) -> None:
+    """For models whose prompt becomes the embedding of a picture first."""
+    group = parser.add_argument_group("of Kandinsky")
+    group.add_argument("--prior-steps", metavar="N", type=int, help="steps of the prior, 2 or more (25)")
+    group.add_argument(
+        "--prior-guidance", metavar="SCALE", type=float, help="how strictly it follows the prompt (4)"
     )
 
 
@@ -178,6 +188,8 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "variation_seed": options.variation_seed,
         "variation_strength": options.variation_strength,
         "mask": options.mask,
+        "prior_num_inference_steps": options.prior_steps,
+        "prior_guidance_scale": options.prior_guidance,
         "sampling": read_sampling(options),
         **read_xl(options),
     }

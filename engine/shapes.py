@@ -85,7 +85,9 @@ def _plan(
 ) -> tuple[Profile, ...]:
     axes = _axes(component)
     if "H" not in axes:
-        return (Profile({"B": (1, 2 * batch[0], 2 * batch[1])}),)
+        # Prompts come two for each picture, a negative one with them.
+        extents = {"B": (1, 2 * batch[0], 2 * batch[1]), "G": (1, 2, 2)}
+        return (Profile({axis: extents[axis] for axis in axes}),)
     lanes = _split(batch) if "G" in axes else [(1, 1, 1)]
     latent, length = manifest.latent, manifest.length
     profiles = []

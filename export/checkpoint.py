@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest, Preview
-from allaprima.export import parity, safety
-from allaprima.export.configuration import write_tokenizer
-from allaprima.export.family import HISTORY, Family
+from allaprima.export import kandinsky, parity
+from allaprima.export.family import Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.presets import Usage
 from allaprima.export.preview import Floats, fit_preview
@@ -25,6 +24,7 @@ from allaprima.export.segments import Arrays, run_graph
 from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
+from allaprima.export.step import HISTORY
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,9 +49,10 @@ def export_checkpoint(
     single: SingleFile | None = None,
     thresholding: bool = False,
     usage: Usage | None = None,
+    prior: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
-    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL to a bundle.
+    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2, to a bundle.
 
     Args:
         source: a diffusers folder, a hub id, or a single file in the original layout.
@@ -64,6 +65,7 @@ def export_checkpoint(
         thresholding: give the denoiser dynamic thresholding, for the scheduler option of that name, even if
             the checkpoint's own scheduler does not ask for it.
         usage: the defaults that pictures are painted with; None is the checkpoint's own.
+        prior: of Kandinsky, the folder or hub id of the prior if `source` is the decoder alone.
         progress: called before each stage.
 
     Raises:
@@ -76,8 +78,18 @@ def export_checkpoint(
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
     ):
-        family = (usage or Usage()).apply(read_family(checkpoint, thresholding=thresholding))
+        read = _read(checkpoint, None if prior is None else open_checkpoint(prior), thresholding=thresholding)
+        family = (usage or Usage()).apply(read)
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
+
+
+def _read(checkpoint: Checkpoint, prior: Checkpoint | None, *, thresholding: bool) -> Family:
+    """The checkpoint as what its pipeline says it is."""
+    if kandinsky.knows(checkpoint.pipeline):
+        return kandinsky.read_family(checkpoint, prior, thresholding=thresholding)
+    if prior is not None:
+        raise ExportError(f"the checkpoint is a {checkpoint.pipeline}, which takes no prior: leave it out")
+    return read_family(checkpoint, thresholding=thresholding)
 
 
 def _export(
@@ -89,10 +101,7 @@ def _export(
 ) -> Bundle:
     plans = family.plans(DTYPES[precision])
     stages = _Stages(progress, 3 * len(plans) + 1)
-    for text in family.texts.values():
-        write_tokenizer(family.checkpoint, text.tokenizer_part, writer.folder / text.tokenizer.file)
-    if safety.PART in plans:
-        safety.write_settings(family.checkpoint, writer.folder / safety.PART / "settings.json")
+    family.write_files(writer.folder)
     components = {
         part: _export_component(make, part, precision, family, writer.folder, stages)
         for part, make in plans.items()
@@ -108,7 +117,7 @@ def _fit_preview(folder: Path, encoder: Component, family: Family) -> Preview | 
     def encode(images: Sequence[Floats]) -> list[NDArray[np.generic]]:
         batches: list[Arrays] = [{"image": image} for image in images]
         made = run_graph(folder / encoder.graph, batches, widen=encoder.precision == "bf16")
-        return [each["mean"] for each in made]
+        return [next(iter(each.values())) for each in made]  # the mean, or the latents themselves
 
     return fit_preview(encode, family.latent)
 
@@ -177,7 +186,7 @@ def _manifest(
     return Manifest(
         schema=SCHEMA,
         name=name,
-        family="stable-diffusion",
+        family=family.name,
         precision=precision,
         components=components,
         tokenizers=family.tokenizers,

@@ -69,10 +69,10 @@ def _load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
     from transformers import CLIPTokenizer
 
     try:
-        return CLIPTokenizer.from_pretrained(checkpoint.folder / part, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(checkpoint.place(part), local_files_only=True)
     except Exception as cause:
         raise ExportError(
-            f"the tokenizer in '{checkpoint.folder / part}' cannot be loaded: {reason(cause)}"
+            f"the tokenizer in '{checkpoint.place(part)}' cannot be loaded: {reason(cause)}"
         ) from cause
 
 

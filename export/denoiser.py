@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from allaprima.export.update import VARIANCE, advance, per_sample
 
-CHANNELS = ("mask", "masked_image_latents")
-"""Conditions that are further channels of the sample, in this order."""
 ADDED = ("text_embeds", "time_ids")
 """Conditions that are embedded with the timestep."""
 
@@ -36,6 +35,9 @@ class Denoiser(torch.nn.Module):
       of the noise, which counts u2*exp(d*v) + e*sqrt(v). With guidance v is that of the last branch or, as
       pipelines differ, with `guided_variance` that of all branches together.
     """
+
+    channels: ClassVar[tuple[str, ...]] = ("mask", "masked_image_latents")
+    """Conditions that are further channels of the sample, in this order."""
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class Denoiser(torch.nn.Module):
         """
         named = dict(zip((*self.conditions, *self.options), conditions, strict=True))
         scaled = sample * per_sample(input_scale)
-        widened = torch.cat([scaled, *(named[name] for name in CHANNELS if name in named)], dim=1)
+        widened = torch.cat([scaled, *(named[name] for name in self.channels if name in named)], dim=1)
         outputs = self._predict(widened, timestep, guidance, encoder_hidden_states, named)
         guided, variance = self._guide(outputs, guidance, guidance_rescale, sample.shape[1])
         row = {"to_prediction": to_prediction, "bounds": bounds, "update": update}

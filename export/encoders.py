@@ -43,14 +43,15 @@ class ImageDecoder(torch.nn.Module):
     Beside it finite float32 [B], 1 or 0: what is infinite or not a number would be lost in 8 bits.
     """
 
-    def __init__(self, vae: torch.nn.Module, scaling_factor: float) -> None:
+    def __init__(self, vae: torch.nn.Module, scaling_factor: float, **options: bool) -> None:
+        """`options` are those of the autoencoder's `decode`."""
         super().__init__()
-        self.vae, self.scaling_factor = vae, scaling_factor
+        self.vae, self.scaling_factor, self.options = vae, scaling_factor, options
 
     def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Undo the latent scaling, decode, and round to 8 bits as the reference does (half to even)."""
         latents = (sample / self.scaling_factor).to(next(self.vae.parameters()).dtype)
-        decoded = self.vae.decode(latents, return_dict=False)[0].float()  # type: ignore[operator]
+        decoded = self.vae.decode(latents, return_dict=False, **self.options)[0].float()  # type: ignore[operator]
         levels = torch.round((decoded / 2 + 0.5).clamp(0, 1) * 255)
         return levels.permute(0, 2, 3, 1).to(torch.uint8), _finite(decoded)
 
@@ -82,3 +83,34 @@ class ImageEncoder(torch.nn.Module):
         mean, logarithm = moments.float().chunk(2, dim=1)
         deviation = torch.exp(0.5 * logarithm.clamp(-30, 20))
         return self.scaling_factor * mean, self.scaling_factor * deviation
+
+
+class QuantizedEncoder(torch.nn.Module):
+    """A VQ model's encoder, without its codebook: image float32 [B,3,height,width] to latents [B,C,H,W].
+
+    Nothing is drawn: the latents are these, not a distribution of them.
+    """
+
+    def __init__(self, movq: torch.nn.Module) -> None:
+        super().__init__()
+        self.movq = movq
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode as the denoiser has it, without scale."""
+        latents: Tensor = self.movq.encode(  # type: ignore[operator]
+            image.to(next(self.movq.parameters()).dtype), return_dict=False
+        )[0]
+        return latents.float()
+
+
+class VisionEncoder(torch.nn.Module):
+    """CLIP's image encoder: pixel_values float32 [B,3,S,S], normalised, to image_embeds float32 [B,D]."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """The projection of the pooled picture."""
+        embeds: Tensor = self.model(pixel_values.to(next(self.model.parameters()).dtype)).image_embeds
+        return embeds.float()

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from allaprima.bundle import Defaults, Latent, TensorSpec, TokenizerSpec
 from allaprima.export import safety
+from allaprima.export.configuration import write_tokenizer
 from allaprima.export.denoiser import Denoiser
 from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
 from allaprima.export.graph import GraphPlan
 from allaprima.export.source import Checkpoint
-from allaprima.export.update import OPTIONS
-
-HISTORY = 4
-"""S: what the longest multistep samplers (PLMS, LMS of order 4) look back on."""
-
-Shape = tuple[int | str, ...]
+from allaprima.export.step import Shape, plan_step
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A text encoder: the folders of its model and tokenizer, and what is taken from it.
+    """A text encoder: where its model and tokenizer are, and what is taken from it.
 
     `states` counts the hidden states that a prompt's may be mixed of, `width` is theirs, `pooled` that of the
     text's vector, None where the UNet takes none. `penultimate`: see `encoders.TextEncoder`.
     """
 
+    checkpoint: Checkpoint
     part: str
     tokenizer_part: str
     tokenizer: TokenizerSpec
@@ -58,6 +56,9 @@ class Family:
     zero_negative: bool = False
     wide: bool = False
 
+    name: ClassVar[str] = "stable-diffusion"
+    """What the manifest calls the family."""
+
     @property
     def tokenizers(self) -> Mapping[str, TokenizerSpec]:
         """By the component that they belong to."""
@@ -75,6 +76,13 @@ class Family:
     def overflows(self, component: str) -> bool:
         """Whether a component's values leave the range of fp16."""
         return self.wide and component in ("vae_decoder", "vae_encoder")
+
+    def write_files(self, folder: Path) -> None:
+        """Write what the runtime needs beside the graphs into the bundle's folder. Raises ExportError."""
+        for text in self.texts.values():
+            write_tokenizer(text.checkpoint, text.tokenizer_part, folder / text.tokenizer.file)
+        if safety.has_safety_checker(self.checkpoint):
+            safety.write_settings(self.checkpoint, folder / safety.PART / "settings.json")
 
     def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
         """One late plan per component, so that only one component's weights are in memory at a time."""
@@ -97,7 +105,7 @@ class Family:
         return GraphPlan(
             name=role,
             module=TextEncoder(
-                self.checkpoint.load(text.part, dtype), penultimate=text.penultimate, pooled=pooled
+                text.checkpoint.load(text.part, dtype), penultimate=text.penultimate, pooled=pooled
             ),
             example={
                 "input_ids": torch.full((2, length), text.tokenizer.eos, dtype=torch.int64),
@@ -112,60 +120,35 @@ class Family:
         )
 
     def _denoiser(self, dtype: torch.dtype) -> GraphPlan:
-        channels, factor = self.latent.channels, self.latent.multiple // self.latent.downscale
-        image = ("B", channels, "H", "W")
-        shapes: dict[str, Shape] = {
-            "sample": image,
-            "history": (HISTORY, *image),
-            "noise": image,
-            "timestep": ("B",),
-            "input_scale": ("B",),
-            "guidance": ("G", "B"),
-            "to_prediction": ("B", 2),
-            "bounds": ("B",),
-            "update": ("B", 4 + HISTORY),
-            "encoder_hidden_states": ("G*B", "L", next(iter(self.texts.values())).width),
-            "guidance_rescale": ("B",),
-            **self.conditions,
-            **{name: ("B", OPTIONS[name]) for name in self.options},
-        }
-        specs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
-        # No two extents agree, so that none is taken for another; the UNet halves H and W `levels - 1` times.
-        sizes = {"B": 3, "G": 2, "G*B": 6, "H": 5 * factor, "W": 7 * factor}
-        sizes["L"] = 2 * self.length  # a prompt is one chunk or more, one after the other
-        dims: dict[str, Any] = {"B": "B", "G": "G", "G*B": "GB", "L": "L"}
-        dims |= {axis: factor * torch.export.Dim(axis.lower(), min=1, max=4096) for axis in ("H", "W")}
-        return GraphPlan(
-            name="denoiser",
-            # diffusers' pipelines of Stable Diffusion guide all that the UNet makes.
-            module=Denoiser(
+        # diffusers' pipelines of Stable Diffusion guide all that the UNet makes.
+        return plan_step(
+            "denoiser",
+            Denoiser(
                 self.checkpoint.load("unet", dtype),
                 tuple(self.conditions),
                 self.options,
                 guided_variance=True,
             ),
-            example={spec.name: torch.randn(spec.resolve(sizes)) for spec in specs},
-            axes={
-                spec.name: {k: dims[axis] for k, axis in enumerate(spec.shape) if isinstance(axis, str)}
-                for spec in specs
-            },
-            inputs=specs,
-            outputs=(
-                TensorSpec("next_sample", "float32", image),
-                TensorSpec("next_history", "float32", (HISTORY, *image)),
-            ),
+            ("B", self.latent.channels, "H", "W"),
+            {"encoder_hidden_states": ("G*B", "L", next(iter(self.texts.values())).width)},
+            self.conditions,
+            factor=self.latent.multiple // self.latent.downscale,
+            length=2 * self.length,  # a prompt is one chunk or more, one after the other
         )
 
     def _vae_decoder(self, dtype: torch.dtype) -> GraphPlan:
         vae = self.checkpoint.load("vae", dtype)
         config: Any = vae.config
-        scale = self.latent.downscale
+        return self._decoder_plan(ImageDecoder(vae, float(config.scaling_factor)))
+
+    def _decoder_plan(self, module: torch.nn.Module) -> GraphPlan:
+        scale, channels = self.latent.downscale, self.latent.channels
         return GraphPlan(
             name="vae_decoder",
-            module=ImageDecoder(vae, float(config.scaling_factor)),
-            example={"sample": torch.randn(2, self.latent.channels, 6, 10)},
+            module=module,
+            example={"sample": torch.randn(2, channels, 6, 10)},
             axes={"sample": {0: "B", 2: "H", 3: "W"}},
-            inputs=(TensorSpec("sample", "float32", ("B", self.latent.channels, "H", "W")),),
+            inputs=(TensorSpec("sample", "float32", ("B", channels, "H", "W")),),
             outputs=(
                 TensorSpec("image", "uint8", ("B", f"{scale}*H", f"{scale}*W", 3)),
                 TensorSpec("finite", "float32", ("B",)),
@@ -173,15 +156,21 @@ class Family:
         )
 
     def _vae_encoder(self, dtype: torch.dtype) -> GraphPlan:
-        scale = self.latent.downscale
-        height, width = (scale * torch.export.Dim(axis, min=1, max=4096) for axis in ("h", "w"))
         vae, latents = self.checkpoint.load("vae", dtype), ("B", self.latent.channels, "H", "W")
         config: Any = vae.config
+        return self._encoder_plan(
+            ImageEncoder(vae, float(config.scaling_factor)),
+            tuple(TensorSpec(name, "float32", latents) for name in ("mean", "deviation")),
+        )
+
+    def _encoder_plan(self, module: torch.nn.Module, outputs: tuple[TensorSpec, ...]) -> GraphPlan:
+        scale = self.latent.downscale
+        height, width = (scale * torch.export.Dim(axis, min=1, max=4096) for axis in ("h", "w"))
         return GraphPlan(
             name="vae_encoder",
-            module=ImageEncoder(vae, float(config.scaling_factor)),
+            module=module,
             example={"image": torch.rand(2, 3, 6 * scale, 10 * scale) * 2 - 1},
             axes={"image": {0: "B", 2: height, 3: width}},
             inputs=(TensorSpec("image", "float32", ("B", 3, f"{scale}*H", f"{scale}*W")),),
-            outputs=tuple(TensorSpec(name, "float32", latents) for name in ("mean", "deviation")),
+            outputs=outputs,
         )

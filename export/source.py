@@ -20,16 +20,20 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"
 _PARTS = (
     *("feature_extractor", "safety_checker", "scheduler", "text_encoder", "text_encoder_2", "tokenizer"),
-    *("tokenizer_2", "unet", "vae"),
+    *("tokenizer_2", "unet", "vae", "movq", "prior", "image_encoder", "image_processor"),
 )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened diffusers folder. `index` is its model_index.json."""
+    """An opened diffusers folder. `index` is its model_index.json.
+
+    `prefix` stands before the names of all parts: a pipeline that is made of two may keep them in one folder.
+    """
 
     folder: Path
     index: dict[str, Any]
+    prefix: str = ""
 
     @property
     def pipeline(self) -> str:
@@ -38,19 +42,24 @@ class Checkpoint:
 
     def has(self, part: str) -> bool:
         """Whether the index names a class for a part: [null, null] is none."""
-        entry = self.index.get(part)
+        entry = self.index.get(self.prefix + part)
         return isinstance(entry, list) and entry != [None, None]
 
     def kind(self, part: str) -> str:
         """The class that the index names for a part; ExportError if it names none."""
+        part = self.prefix + part
         entry = self.index.get(part)
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
             raise ExportError(f"'{self.folder / INDEX}' names no class for the {part}: it is incomplete")
         return entry[1]
 
+    def place(self, part: str) -> Path:
+        """The folder of one part."""
+        return self.folder / (self.prefix + part)
+
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """The configuration file of one part, as it is."""
-        return _read_json(self.folder / part / file)
+        return _read_json(self.place(part) / file)
 
     def check(self, part: str) -> Any:
         """The class of a part's model, before anything of it is loaded.
@@ -59,7 +68,7 @@ class Checkpoint:
             ExportError: a class this exporter does not know, or weights that are missing or pickled.
         """
         kind = _model_class(part, self.kind(part))
-        _require_safetensors(self.folder / part)
+        _require_safetensors(self.place(part))
         return kind
 
     def load(self, part: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -68,7 +77,7 @@ class Checkpoint:
         Raises:
             ExportError: as `check`, or files that are broken, or tensors that are not those of the model.
         """
-        kind, folder = self.check(part), self.folder / part
+        kind, folder = self.check(part), self.place(part)
         try:
             with _silent():
                 return load_model(kind, folder, dtype)
@@ -128,9 +137,13 @@ def _model_class(part: str, name: str) -> Any:
 
     known = {
         ("text_encoder", "CLIPTextModel"): transformers.CLIPTextModel,
+        ("text_encoder", "CLIPTextModelWithProjection"): transformers.CLIPTextModelWithProjection,
         ("text_encoder_2", "CLIPTextModelWithProjection"): transformers.CLIPTextModelWithProjection,
+        ("image_encoder", "CLIPVisionModelWithProjection"): transformers.CLIPVisionModelWithProjection,
+        ("prior", "PriorTransformer"): diffusers.PriorTransformer,
         ("unet", "UNet2DConditionModel"): diffusers.UNet2DConditionModel,
         ("vae", "AutoencoderKL"): diffusers.AutoencoderKL,
+        ("movq", "VQModel"): diffusers.VQModel,
         ("safety_checker", "StableDiffusionSafetyChecker"): StableDiffusionSafetyChecker,
     }
     if (part, name) not in known:

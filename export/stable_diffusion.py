@@ -7,8 +7,9 @@ from typing import Any
 
 from allaprima.bundle import ExportError, Latent
 from allaprima.export.configuration import levels, read_defaults, read_scheduler, read_tokenizer, whole
-from allaprima.export.family import Family, Shape, TextModel
+from allaprima.export.family import Family, TextModel
 from allaprima.export.source import Checkpoint
+from allaprima.export.step import Shape
 from allaprima.export.update import THRESHOLDING, VARIANCE
 
 _TASKS = ("", "Img2Img", "Inpaint")
@@ -30,7 +31,9 @@ def read_family(checkpoint: Checkpoint, *, thresholding: bool = False) -> Family
     """
     if checkpoint.pipeline not in PIPELINES:
         known = ", ".join(PIPELINES)
-        raise ExportError(f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known}")
+        raise ExportError(
+            f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known} and Kandinsky 2.2"
+        )
     large = checkpoint.pipeline in LARGE
     texts = _read_texts(checkpoint, large=large)
     for part in ("unet", "vae"):
@@ -83,6 +86,7 @@ def _read_texts(checkpoint: Checkpoint, *, large: bool) -> dict[str, TextModel]:
         config = checkpoint.config(part)
         layers = whole(config, part, "num_hidden_layers")
         texts[role] = TextModel(
+            checkpoint=checkpoint,
             part=part,
             tokenizer_part=tokenizer_part,
             tokenizer=read_tokenizer(

@@ -37,6 +37,19 @@ def latent_mask(mask: Image.Image, height: int, width: int, downscale: int) -> F
     return _cut(mask, height, width)[::downscale, ::downscale].astype(np.float32)
 
 
+def grown(mask: Floats) -> Floats:
+    """A mask of latents [H,W] whose ones spread to their neighbours, as diffusers' Kandinsky has them spread.
+
+    They go up, left, down, right, and along one of the two diagonals: an oversight there, mirrored here.
+    """
+    spread = mask.copy()
+    for down, right in ((1, 0), (0, 1), (1, 1)):
+        height, width = mask.shape[0] - down, mask.shape[1] - right
+        spread[down:, right:] = np.maximum(spread[down:, right:], mask[:height, :width])
+        spread[:height, :width] = np.maximum(spread[:height, :width], mask[down:, right:])
+    return spread
+
+
 def without(image: Floats, mask: Image.Image) -> Floats:
     """A picture [1,3,height,width] in [-1,1], gray where the mask is white."""
     return np.where(_cut(mask, *image.shape[2:]), np.float32(0), image)

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from allaprima.bundle import Latent, RequestError
-from allaprima.runtime.inpainting import Kept, latent_mask, without
+from allaprima.runtime.conventions import USUAL, Conventions
+from allaprima.runtime.inpainting import Kept, grown, latent_mask, without
 from allaprima.runtime.noise import Noise, turned
 from allaprima.runtime.pictures import encodable
 from allaprima.runtime.request import Settings
@@ -26,10 +27,16 @@ class Beginning:
     """
 
     def __init__(
-        self, settings: Settings, table: Table, latent: Latent, encoder: Callable[[], Encoder]
+        self,
+        settings: Settings,
+        table: Table,
+        latent: Latent,
+        encoder: Callable[[], Encoder],
+        conventions: Conventions = USUAL,
     ) -> None:
         """`encoder` gives the image encoder of the request's size, if a picture needs it."""
         self._settings, self._table, self._latent, self._encoder = settings, table, latent, encoder
+        self._conventions = conventions
         varied = settings.variation_seed is not None
         self.streams = [Noise(settings.seed + index * (not varied)) for index in range(settings.num_images)]
 
@@ -49,7 +56,7 @@ class Beginning:
                 raise RequestError(f"sampler {table.sampler!r} cannot begin with a picture: choose another")
             if settings.mask is None or settings.begin:
                 clean, scale = map(float, table.levels[0])
-            if clean or not widened:
+            if clean or not widened or self._conventions.masks_latents:
                 latents[...] = self._encoded(settings.picture)
         noise = self._noise(denoiser.sample.shape)
         denoiser.sample[...] = np.float32(clean) * latents + np.float32(scale) * noise
@@ -58,6 +65,12 @@ class Beginning:
         if settings.mask is None:
             return None
         mask = latent_mask(settings.mask, settings.height, settings.width, self._latent.downscale)
+        if self._conventions.masks_latents:
+            mask = grown(mask)
+            if widened:
+                denoiser.conditions[MASK].array[...] = 1 - mask
+                denoiser.conditions[MASKED].array[...] = latents * (1 - mask)
+            return Kept(mask, latents, noise)
         if widened:
             denoiser.conditions[MASK].array[...] = mask
             denoiser.conditions[MASKED].array[...] = self._encoded(settings.picture, settings.mask)
@@ -82,8 +95,10 @@ class Beginning:
         if picture is None:
             assert settings.latents is not None
             return settings.latents
-        image = encodable(picture, settings.height, settings.width)
+        image = encodable(picture, settings.height, settings.width, self._conventions)
         if mask is not None:
             image = without(image, mask)
         mean, deviation = self._encoder().encode(image)
+        if deviation is None:
+            return np.stack([mean] * len(self.streams))
         return np.stack([mean + deviation * stream.normal(mean.shape) for stream in self.streams])

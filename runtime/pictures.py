@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from allaprima.bundle import Latent, RequestError
+from allaprima.runtime.conventions import USUAL, Conventions
 
 Source = Image.Image | NDArray[np.uint8] | bytes | str | Path
 """A Pillow image, an array [height,width,3] of 8 bits, a file's contents, or its path."""
@@ -92,8 +93,11 @@ def fitting_size(image: Image.Image, multiple: int) -> tuple[int, int]:
     return height, width
 
 
-def encodable(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
-    """[1,3,height,width] in [-1,1], resized with Lanczos' filter, as diffusers' VaeImageProcessor does it."""
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+def encodable(
+    image: Image.Image, height: int, width: int, conventions: Conventions = USUAL
+) -> NDArray[np.float32]:
+    """[1,3,height,width] in [-1,1], resized as diffusers' pipelines of the family do it."""
+    gap = conventions.reducing_gap
+    resized = image.resize((width, height), conventions.filter, reducing_gap=gap)
     values = np.asarray(resized, np.float32) / 255
     return np.ascontiguousarray((2 * values - 1).transpose(2, 0, 1)[None])

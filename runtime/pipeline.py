@@ -19,13 +19,13 @@ from allaprima.bundle import (
     VERSION,
     BackendError,
     Bundle,
-    BundleError,
     RequestError,
     open_bundle,
     resolve,
 )
 from allaprima.runtime.backends import choose, find_engines, open_session
-from allaprima.runtime.conditioning import Conditioning, plan_conditioning
+from allaprima.runtime.conventions import conventions_of
+from allaprima.runtime.families import needed, open_family
 from allaprima.runtime.finite import check_latents
 from allaprima.runtime.inpainting import Kept
 from allaprima.runtime.latents import Beginning
@@ -37,14 +37,10 @@ from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table, take_part
 from allaprima.runtime.session import Session
-from allaprima.runtime.stages import Decoder, Denoiser, Encoder, TextEncoder, check_table
-from allaprima.runtime.tokenizer import Tokenizer
+from allaprima.runtime.stages import Decoder, Denoiser, Encoder, check_table
 
 Callback = Callable[[Progress], None]
 
-FAMILY = "stable-diffusion"
-COMPONENTS = ("denoiser", "vae_decoder")
-"""What every picture needs, beside the text encoders."""
 ENCODER = "vae_encoder"
 
 
@@ -70,19 +66,12 @@ class Pipeline:
 
         Raises BundleError if the bundle is of another family or its tokenizer cannot be read.
         """
-        if bundle.manifest.family != FAMILY:
-            raise BundleError(
-                f"{bundle.folder} is of the family '{bundle.manifest.family}', but this version paints only "
-                f"{FAMILY}: upgrade allaprima"
-            )
         self.bundle = bundle
         self.backend = backend
         self.precision = sessions["denoiser"].precision
         self._sessions = dict(sessions)
         self._opens = opens
-        self._encoders = {
-            role: TextEncoder(sessions[role], Tokenizer(bundle, role)) for role in bundle.manifest.tokenizers
-        }
+        self._family = open_family(bundle, sessions)
         self._safety: SafetyChecker | None = None
         self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
         self._decoder: tuple[object, Decoder] | None = None
@@ -126,7 +115,7 @@ class Pipeline:
         with ExitStack() as undo:
             sessions = {}
             watched = (SAFETY,) if safety_checker and SAFETY in opened.manifest.components else ()
-            for role in (*opened.manifest.tokenizers, *COMPONENTS, *watched):
+            for role in (*needed(opened.manifest), *watched):
                 sessions[role] = opens(role)
                 undo.callback(sessions[role].close)
             pipeline = cls(opened, sessions, backend=name, opens=opens)
@@ -139,8 +128,7 @@ class Pipeline:
             for session in self._sessions.values():
                 session.close()
             self._sessions.clear()
-            for encoder in self._encoders.values():
-                encoder.close()
+            self._family.unload()
             self._denoiser = self._decoder = self._encoder = self._safety = None
 
     def unload(self) -> None:
@@ -148,8 +136,7 @@ class Pipeline:
         with self._exclusive():
             for session in self._sessions.values():
                 session.unload()
-            for encoder in self._encoders.values():
-                encoder.close()
+            self._family.unload()
             self._denoiser = self._decoder = self._encoder = self._safety = None
 
     def __enter__(self) -> Self:
@@ -192,7 +179,7 @@ class Pipeline:
             ) from cause
 
     def _paint(self, request: Request, callback: Callback | None, preview_every: int | None) -> Result:
-        settings = request.check(self.bundle.manifest)
+        settings = self._family.settle(request.check(self.bundle.manifest))
         preview = check_preview(preview_every, self.bundle.manifest, heard=callback is not None)
         table = self._plan(settings)
         marks = [perf_counter()]
@@ -200,18 +187,20 @@ class Pipeline:
             if not self._sessions:
                 raise BackendError("the pipeline is closed: open it again")
             check_table(table, self._sessions["denoiser"])
-            conditioning = plan_conditioning(
-                self._encoders,
-                settings,
-                self._sessions["denoiser"],
-                zero_negative=self.bundle.manifest.zero_negative,
-            )
-            denoiser = self._prepare(settings, conditioning)
+            told = self._family.plan(settings)
+            denoiser = self._prepare(settings, told.length)
+            manifest = self.bundle.manifest
             beginning = Beginning(
-                settings, table, self.bundle.manifest.latent, lambda: self._picture_encoder(settings)
+                settings,
+                table,
+                manifest.latent,
+                lambda: self._picture_encoder(settings),
+                conventions_of(manifest),
             )
+            told.draw(beginning.streams)
             kept = beginning.write(denoiser)
-            self._encode(denoiser, settings, conditioning)
+            _guide(denoiser, settings)
+            told.write(denoiser)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
             previewer = Previewer(preview, preview_every, kept) if preview and preview_every else None
@@ -227,7 +216,7 @@ class Pipeline:
         timings = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
         timings["total"] = marks[-1] - marks[0]
         parameters = tuple(self._describe(settings, table, index) for index in range(settings.num_images))
-        warnings = conditioning.warnings + tuple(
+        warnings = told.warnings + tuple(
             f"picture {index + 1} was flagged by the model's safety checker and is blurred"
             for index, each in enumerate(flagged or ())
             if each
@@ -264,13 +253,12 @@ class Pipeline:
         finally:
             self._busy.release()
 
-    def _prepare(self, settings: Settings, conditioning: Conditioning) -> Denoiser:
+    def _prepare(self, settings: Settings, length: int) -> Denoiser:
         """The denoiser of the request's shape: the last one if it fits, for its buffers."""
         manifest = self.bundle.manifest
         latent = manifest.latent
         height, width = settings.height // latent.downscale, settings.width // latent.downscale
         shape = (settings.num_images, latent.channels, height, width)
-        length = conditioning.count * manifest.length
         key = (shape, settings.branches, length)
         if self._denoiser is None or self._denoiser[0] != key:
             self._denoiser = None  # first, so that the old and the new buffers never exist together
@@ -283,14 +271,6 @@ class Pipeline:
             )
             self._denoiser = key, denoiser
         return self._denoiser[1]
-
-    def _encode(self, denoiser: Denoiser, settings: Settings, conditioning: Conditioning) -> None:
-        """Write guidance weights and what the model is told."""
-        scale = settings.guidance_scale
-        denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
-        if denoiser.guidance_rescale is not None:
-            denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
-        conditioning.write(self._encoders, denoiser, self._sessions["denoiser"].memory, settings)
 
     def _picture_encoder(self, settings: Settings) -> Encoder:
         """The image encoder of the request's size; the graph is loaded when it is first needed."""
@@ -348,6 +328,14 @@ def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
     if settings.variation_seed is None:
         return {"seed": settings.seed + index, "variation_seed": None}
     return {"seed": settings.seed, "variation_seed": settings.variation_seed + index}
+
+
+def _guide(denoiser: Denoiser, settings: Settings) -> None:
+    """Write the weights of the guidance branches."""
+    scale = settings.guidance_scale
+    denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
+    if denoiser.guidance_rescale is not None:
+        denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
 
 
 def _denoise(

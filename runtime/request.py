@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from PIL import Image
 
 from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime import fields
+from allaprima.runtime.conventions import conventions_of
 from allaprima.runtime.inpainting import read_mask
 from allaprima.runtime.micro_conditioning import SCORES, SIZES, MicroConditioning, read_micro_conditioning
 from allaprima.runtime.pictures import Source, fitting_size, read_latents, read_picture
@@ -21,14 +22,13 @@ from allaprima.runtime.sampling import Sampling
 
 Latents = NDArray[np.float32]
 OutputType = Literal["pil", "latent"]
+Number = TypeVar("Number", int, float)
 
 MOST_PIXELS = 1 << 28
 """Of all pictures of a request together, a thousand of 512 x 512: what takes more than a device's memory is
 told when it is known, but no memory is asked for on this scale."""
-STRENGTH = 0.8
-"""How much of a picture is painted over if a request does not say."""
 MASKED_STRENGTH = 1.0
-"""The same for the part of it that a mask shows."""
+"""How much of the part that a mask shows is painted over if a request does not say."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Settings:
     micro_conditioning: MicroConditioning | None = None
     output_type: OutputType = "pil"
     guidance_embedded: bool = False
+    prior_num_inference_steps: int | None = None
+    prior_guidance_scale: float | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
@@ -119,6 +121,8 @@ class Options(TypedDict, total=False):
     negative_target_size: tuple[int, int] | None
     negative_aesthetic_score: float | None
     output_type: OutputType
+    prior_num_inference_steps: int | None
+    prior_guidance_scale: float | None
     sampling: Sampling | Mapping[str, Any] | None
 
 
@@ -135,8 +139,9 @@ class Request:
     penultimate layer's states, None or 0 all layers. `guidance_rescale`, between 0 and 1, brings the contrast
     that guidance adds back towards that of the prompt alone (arXiv 2305.08891, section 3.4).
     `image` is a picture to begin with; without `height` and `width` its own size is taken, rounded down to
-    what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8. It may
-    also be latents [N,C,H,W] as another request with the `output_type` "latent" has them.
+    what the model paints. `strength`, from 0 to 1, says how much of it is painted over: None is 0.8, and 0.3
+    for Kandinsky. It may also be latents [N,C,H,W] as another request with the `output_type` "latent" has
+    them.
     `mask`, a picture of the same size, says where: white is painted over (with a strength of 1 if none is
     given), black stays.
     `variation_strength`, from 0 to 1, turns the first noise of `seed` towards that of `variation_seed` (None
@@ -144,6 +149,7 @@ class Request:
     `denoising_end`, between 0 and 1, stops after this share of the noise schedule, and `denoising_start` goes
     on from there with latents: a base model and its refiner. Both count the steps of the whole.
     `original_size` to `negative_aesthetic_score`: see `MicroConditioning`.
+    `prior_num_inference_steps` and `prior_guidance_scale` are for the prior of a model that has one.
     `sampling` says more of the sampler (see `Sampling`): custom timesteps or sigmas, which say the number of
     steps, churn, order, and options of the scheduler.
     """
@@ -180,6 +186,8 @@ class Request:
     negative_target_size: tuple[int, int] | None = None
     negative_aesthetic_score: float | None = None
     output_type: OutputType = "pil"
+    prior_num_inference_steps: int | None = None
+    prior_guidance_scale: float | None = None
     sampling: Sampling | Mapping[str, Any] | None = None
 
     def check(self, manifest: Manifest) -> Settings:
@@ -214,7 +222,7 @@ class Request:
             prompt_weights=fields.flag("prompt_weights", self.prompt_weights),
             clip_skip=fields.whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
             guidance_rescale=fields.share("guidance_rescale", self.guidance_rescale),
-            strength=self._strength(),
+            strength=self._strength(manifest),
             picture=picture,
             latents=latents,
             variation_seed=_variation(self.variation_seed, self.variation_strength, count),
@@ -225,6 +233,8 @@ class Request:
             micro_conditioning=read_micro_conditioning(self._sizes(), manifest),
             output_type=_output_type(self.output_type),
             guidance_embedded=_takes(manifest, "timestep_cond"),
+            prior_num_inference_steps=_maybe(fields.whole, self, "prior_num_inference_steps", 2),
+            prior_guidance_scale=_maybe(fields.finite, self, "prior_guidance_scale"),
             sampling=sampling,
         )
         _check_steps(settings)
@@ -265,18 +275,24 @@ class Request:
             )
         return height, width
 
-    def _strength(self) -> float | None:
+    def _strength(self, manifest: Manifest) -> float | None:
         if self.image is None or self.denoising_start is not None:
             if self.strength is not None:
                 why = "there is no image to paint over" if self.image is None else "denoising_start says it"
                 raise RequestError(f"strength is {self.strength!r}, but {why}: leave it out")
             return None
-        usual = STRENGTH if self.mask is None else MASKED_STRENGTH
+        usual = conventions_of(manifest).strength if self.mask is None else MASKED_STRENGTH
         return usual if self.strength is None else fields.share("strength", self.strength)
 
     def _sizes(self) -> dict[str, object]:
         negative = (f"negative_{name}" for name in SIZES)
         return {name: getattr(self, name) for name in (*SIZES, *negative, *SCORES)}
+
+
+def _maybe(check: Callable[..., Number], request: Request, name: str, *least: int) -> Number | None:
+    """A field that is checked if it is given."""
+    value = getattr(request, name)
+    return None if value is None else check(name, value, *least)
 
 
 def _takes(manifest: Manifest, condition: str) -> bool:

@@ -65,6 +65,8 @@ class Parameters:
     denoising_end: float | None = None
     micro_conditioning: MicroConditioning | None = None
     refiner: str | None = None
+    prior_num_inference_steps: int | None = None
+    prior_guidance_scale: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -25,6 +25,8 @@ OPTIONS = {
 }
 """Inputs of a denoiser that only some graphs have: the scheduler option, and the row that changes nothing."""
 POOLED = "text_embeds"
+LATENTS = "latents"
+"""What an image encoder makes that has no distribution to draw from."""
 FINITE = "finite"
 """The decoder's word, 1 or 0, on the values that it rounds to 8 bits."""
 
@@ -49,6 +51,12 @@ class Encoded(NamedTuple):
     """Hidden states [N,L,D]."""
     pooled: Tensor | None
     """The texts' vectors [N,D'], if the graph has them."""
+    block: Block
+    """Where both lie."""
+
+    def pull(self) -> None:
+        """Bring them into their arrays."""
+        self.block.pull()
 
 
 class TextEncoder:
@@ -93,7 +101,7 @@ class TextEncoder:
                 if chunk.weights is not None:
                     apply_weights(states, chunk.weights)
             made.push()
-        return Encoded(hidden, made.tensors.get(POOLED))
+        return Encoded(hidden, made.tensors.get(POOLED), made)
 
     def close(self) -> None:
         """Drop all bindings; the session is the caller's to close."""
@@ -120,31 +128,31 @@ class Encoder:
 
         Raises RequestError if the bundle's graph is too old.
         """
-        if "deviation" not in session.outputs:
+        self._names = (LATENTS,) if LATENTS in session.outputs else ("mean", "deviation")
+        if not all(name in session.outputs for name in self._names):
             raise RequestError(
                 "the bundle's image encoder is of an older allaprima: export the checkpoint again"
             )
         self._precision = session.precision
         shape = 1, latent.channels, height // latent.downscale, width // latent.downscale
         self._image = session.memory.allocate({"image": ((1, 3, height, width), np.float32)})
-        self._latents = session.memory.allocate(
-            {"mean": (shape, np.float32), "deviation": (shape, np.float32)}
-        )
+        self._latents = session.memory.allocate(dict.fromkeys(self._names, (shape, np.float32)))
         self._binding = session.bind({**self._image.tensors, **self._latents.tensors})
 
-    def encode(self, image: Floats) -> tuple[Floats, Floats]:
+    def encode(self, image: Floats) -> tuple[Floats, Floats | None]:
         """Mean and standard deviation [C,H,W] of the latents of an image [1,3,height,width] in [-1,1].
 
-        Valid until the next call. Raises BackendError, also for values that are not finite.
+        The deviation is None where the graph makes the latents themselves. Valid until the next call. Raises
+        BackendError, also for values that are not finite.
         """
         self._image.tensors["image"].array[...] = image
         self._image.push()
         self._binding.run()
         self._latents.pull()
-        mean, deviation = (self._latents.tensors[name].array[0] for name in ("mean", "deviation"))
-        if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
+        mean, *deviation = (self._latents.tensors[name].array[0] for name in self._names)
+        if not all(np.isfinite(each).all() for each in (mean, *deviation)):
             raise not_finite("vae_encoder", self._precision)
-        return mean, deviation
+        return mean, deviation[0] if deviation else None
 
 
 class Decoder:

@@ -62,6 +62,10 @@ class Tokenizer:
         room = self.length - 2
         return Tokens(self.pack(found[:room]), "" if len(found) <= room else prompt[starts[room] :])
 
+    def count(self, prompt: str) -> int:
+        """How many of the ids of `encode` are not padding."""
+        return min(len(self.split(prompt)[0]) + 2, self.length)
+
     def split(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text without special tokens, and where each begins in it.
 

@@ -7,8 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from allaprima.bundle import Bundle
 from allaprima.export import export_checkpoint
@@ -131,6 +148,99 @@ def write_tiny_xl(folder: Path, *, refiner: bool = False, **unet: Any) -> Path:
     return _save(folder, models, index, scheduler)
 
 
+def write_tiny_prior(folder: Path, *, embedding: int = 32) -> Path:
+    """The prior of a Kandinsky 2.2 with tiny networks and distinct random weights."""
+    torch.manual_seed(2)
+    tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    CLIPImageProcessor(crop_size=28, size={"shortest_edge": 28}).save_pretrained(folder / "image_processor")
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        projection_dim=embedding,
+    )
+    # Heads of 16: TensorRT-RTX 1.7 compiles no attention with heads of 12.
+    prior = PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        embedding_dim=embedding,
+        num_embeddings=77,
+        additional_embeddings=4,
+    )
+    with torch.no_grad():
+        prior.clip_std.fill_(1.0)  # zero in a new model, which then makes nothing
+        prior.prd_embedding.normal_()
+    models = {
+        "prior": prior,
+        "text_encoder": CLIPTextModelWithProjection(
+            _text_config(tokenizer, embedding, num_attention_heads=2, projection_dim=embedding)
+        ),
+        "image_encoder": CLIPVisionModelWithProjection(vision),
+    }
+    index = {
+        "_class_name": "KandinskyV22PriorPipeline",
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "image_processor": ["transformers", "CLIPImageProcessor"],
+    }
+    scheduler = UnCLIPScheduler(
+        variance_type="fixed_small_log",
+        num_train_timesteps=1000,
+        clip_sample=True,
+        clip_sample_range=10.0,
+        prediction_type="sample",
+    )
+    return _save(folder, models, index, scheduler)
+
+
+def write_tiny_kandinsky(folder: Path, *, kind: str = "KandinskyV22Pipeline", **unet: Any) -> Path:
+    """The decoder of a Kandinsky 2.2 with tiny networks and distinct random weights.
+
+    Spatial norms have 32 groups whatever is configured, so no level has fewer channels.
+    """
+    torch.manual_seed(3)
+    models = {
+        "unet": UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            resnet_time_scale_shift="scale_shift",
+            addition_embed_type_num_heads=64,
+            encoder_hid_dim_type="image_proj",
+            **{
+                "out_channels": 8,
+                "attention_head_dim": 16,
+                "cross_attention_dim": 32,
+                "encoder_hid_dim": 32,
+                "addition_embed_type": "image",
+                **unet,
+            },
+        ),
+        "movq": VQModel(
+            block_out_channels=(32, 32, 64),
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+            latent_channels=4,
+            vq_embed_dim=4,
+            num_vq_embeddings=32,
+            layers_per_block=1,
+            norm_num_groups=32,
+            norm_type="spatial",
+        ),
+    }
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False
+    )
+    return _save(folder, models, {"_class_name": kind}, scheduler)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny")
@@ -195,4 +305,40 @@ def refiner_bundle(refiner_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     """The tiny refiner in float32."""
     return export_checkpoint(
         str(refiner_checkpoint), tmp_path_factory.mktemp("bundles") / "refiner", precision="fp32"
+    )
+
+
+@pytest.fixture(scope="session")
+def prior_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_prior(tmp_path_factory.mktemp("checkpoints") / "prior")
+
+
+@pytest.fixture(scope="session")
+def kandinsky_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_kandinsky(tmp_path_factory.mktemp("checkpoints") / "decoder")
+
+
+@pytest.fixture(scope="session")
+def kandinsky_bundle(
+    kandinsky_checkpoint: Path, prior_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The tiny Kandinsky 2.2 in float32."""
+    return export_checkpoint(
+        str(kandinsky_checkpoint),
+        tmp_path_factory.mktemp("bundles") / "kandinsky",
+        prior=str(prior_checkpoint),
+        precision="fp32",
+    )
+
+
+@pytest.fixture(scope="session")
+def kandinsky_half_bundle(
+    kandinsky_checkpoint: Path, prior_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The tiny Kandinsky 2.2 in float16."""
+    return export_checkpoint(
+        str(kandinsky_checkpoint),
+        tmp_path_factory.mktemp("bundles") / "kandinsky-half",
+        prior=str(prior_checkpoint),
+        precision="fp16",
     )

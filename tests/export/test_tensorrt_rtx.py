@@ -25,6 +25,7 @@ BUNDLES = {
     "tiny_half_bundle": COMPONENTS,
     "tiny_bundle": COMPONENTS,
     "xl_half_bundle": ["text_encoder_2", *COMPONENTS],
+    "kandinsky_half_bundle": ["prior", *COMPONENTS],
 }
 
 
@@ -108,8 +109,13 @@ def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path
 
 @pytest.mark.parametrize(
     ("fixture", "precisions"),
-    [("tiny_bundle", {"fp32"}), ("tiny_bf16_bundle", {"bf16"}), ("xl_half_bundle", {"fp16", "fp32"})],
-    ids=["fp32", "bf16", "both"],
+    [
+        ("tiny_bundle", {"fp32"}),
+        ("tiny_bf16_bundle", {"bf16"}),
+        ("xl_half_bundle", {"fp16", "fp32"}),
+        ("kandinsky_half_bundle", {"fp16"}),
+    ],
+    ids=["fp32", "bf16", "both", "kandinsky"],
 )
 def test_other_precisions_compile(request: pytest.FixtureRequest, fixture: str, precisions: set[str]) -> None:
     """In float32 attention has no fused kernel, and is taken apart."""
