@@ -3,10 +3,11 @@
 from allaprima.runtime.backends import BackendInfo, Decision, backends, choose, decide, open_session
 from allaprima.runtime.image import check_writable, read_parameters, save_image, save_preview
 from allaprima.runtime.pipeline import Pipeline
-from allaprima.runtime.request import Request, Settings
+from allaprima.runtime.request import Request
 from allaprima.runtime.result import Parameters, Progress, Result
 from allaprima.runtime.sampling import Sampling
 from allaprima.runtime.session import Binding, Session
+from allaprima.runtime.settings import Settings
 
 __all__ = [
     "BackendInfo",

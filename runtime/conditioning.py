@@ -13,8 +13,8 @@ from allaprima.bundle import RequestError
 from allaprima.runtime.chunks import Chunk, Chunks, make_chunks, pad_chunks
 from allaprima.runtime.memory import Memory
 from allaprima.runtime.micro_conditioning import TIME_IDS
-from allaprima.runtime.request import Settings
 from allaprima.runtime.session import Session
+from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import POOLED, RESCALE, Denoiser, TextEncoder
 
 Encoders = Mapping[str, TextEncoder]

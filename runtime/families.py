@@ -11,8 +11,8 @@ from allaprima.runtime.conditioning import Conditioning, plan_conditioning
 from allaprima.runtime.kandinsky import Kandinsky
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
-from allaprima.runtime.request import Settings
 from allaprima.runtime.session import Session
+from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Denoiser, TextEncoder
 from allaprima.runtime.tokenizer import Tokenizer
 

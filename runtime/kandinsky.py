@@ -12,9 +12,9 @@ from allaprima.runtime.chunks import Chunk
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
 from allaprima.runtime.prior import Prior, Text
-from allaprima.runtime.request import Settings
 from allaprima.runtime.samplers import Table
 from allaprima.runtime.session import Session
+from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Denoiser, Floats, TextEncoder
 from allaprima.runtime.tokenizer import Tokenizer
 

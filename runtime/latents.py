@@ -12,8 +12,8 @@ from allaprima.runtime.conventions import USUAL, Conventions
 from allaprima.runtime.inpainting import Kept, grown, latent_mask, without
 from allaprima.runtime.noise import Noise, turned
 from allaprima.runtime.pictures import encodable
-from allaprima.runtime.request import Settings
 from allaprima.runtime.samplers import Table
+from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Denoiser, Encoder, Floats
 
 MASK, MASKED = "mask", "masked_image_latents"

@@ -31,12 +31,13 @@ from allaprima.runtime.inpainting import Kept
 from allaprima.runtime.latents import Beginning
 from allaprima.runtime.noise import Draws, Noise
 from allaprima.runtime.preview import Previewer, check_preview
-from allaprima.runtime.request import Options, Request, Settings
+from allaprima.runtime.request import Options, Request
 from allaprima.runtime.result import Parameters, Progress, Result, Stage
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker, blurred
 from allaprima.runtime.samplers import Table, make_table, take_part
 from allaprima.runtime.session import Session
+from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Decoder, Denoiser, Encoder, check_table
 
 Callback = Callable[[Progress], None]

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime import fields
 from allaprima.runtime.conventions import conventions_of
 from allaprima.runtime.inpainting import read_mask
-from allaprima.runtime.micro_conditioning import SCORES, SIZES, MicroConditioning, read_micro_conditioning
+from allaprima.runtime.micro_conditioning import SCORES, SIZES, read_micro_conditioning
 from allaprima.runtime.pictures import Source, fitting_size, read_latents, read_picture
 from allaprima.runtime.samplers import count_steps
 from allaprima.runtime.sampling import Sampling
+from allaprima.runtime.settings import Latents, OutputType, Settings
 
-Latents = NDArray[np.float32]
-OutputType = Literal["pil", "latent"]
 Number = TypeVar("Number", int, float)
 
 MOST_PIXELS = 1 << 28
@@ -29,62 +27,6 @@ MOST_PIXELS = 1 << 28
 told when it is known, but no memory is asked for on this scale."""
 MASKED_STRENGTH = 1.0
 """How much of the part that a mask shows is painted over if a request does not say."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A request with everything resolved but the sampler: None is the bundle's own.
-
-    `height` and `width` in pixels. Image i uses `seed + i`; if there is a variation, all use `seed`, and
-    image i `variation_seed + i`. `picture` is what to begin with, or `latents` [N,C,H,W], `strength` None
-    if neither is painted over. `guidance_embedded`: the model is told the guidance scale.
-    """
-
-    prompt: str
-    negative_prompt: str | None
-    num_inference_steps: int
-    guidance_scale: float
-    sampler: str | None
-    seed: int
-    height: int
-    width: int
-    num_images: int
-    eta: float
-    prompt_2: str | None = None
-    negative_prompt_2: str | None = None
-    long_prompts: bool = False
-    prompt_weights: bool = False
-    clip_skip: int = 0
-    guidance_rescale: float = 0.0
-    strength: float | None = None
-    picture: Image.Image | None = None
-    latents: Latents | None = None
-    variation_seed: int | None = None
-    variation_strength: float = 0.0
-    mask: Image.Image | None = None
-    denoising_start: float | None = None
-    denoising_end: float | None = None
-    micro_conditioning: MicroConditioning | None = None
-    output_type: OutputType = "pil"
-    guidance_embedded: bool = False
-    prior_num_inference_steps: int | None = None
-    prior_guidance_scale: float | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-
-    @property
-    def begin(self) -> int:
-        """How many of the first steps are left out, since the picture that was handed in is there already.
-
-        As diffusers counts them: `strength` of the steps are taken, rounded down.
-        """
-        if self.strength is None:
-            return 0
-        return self.num_inference_steps - int(self.num_inference_steps * self.strength)
-
-    @property
-    def branches(self) -> int:
-        """G, the guidance branches: classifier-free guidance acts above 1 only, as in diffusers."""
-        return 2 if self.guidance_scale > 1 and not self.guidance_embedded else 1
 
 
 class Options(TypedDict, total=False):
@@ -237,9 +179,7 @@ class Request:
             prior_guidance_scale=_maybe(fields.finite, self, "prior_guidance_scale"),
             sampling=sampling,
         )
-        _check_steps(settings)
-        _check_parts(settings)
-        _check_mask(settings, needed=_takes(manifest, "mask"))
+        settings.check(needs_mask=_takes(manifest, "mask"))
         return settings
 
     def _steps(self, manifest: Manifest, sampler: str | None, sampling: Sampling) -> int:
@@ -317,11 +257,6 @@ def _mask(source: Source | None, picture: Image.Image | None) -> Image.Image | N
     return read_mask(source, picture)
 
 
-def _check_mask(settings: Settings, *, needed: bool) -> None:
-    if needed and settings.mask is None:
-        raise RequestError("this model paints within a mask: hand in an image and a mask")
-
-
 def _check_count(latents: Latents | None, count: int) -> None:
     if latents is not None and len(latents) not in (1, count):
         raise RequestError(f"num_images is {count}, but there are latents of {len(latents)}: make them equal")
@@ -335,14 +270,6 @@ def _check_pixels(count: int, height: int, width: int) -> None:
         )
 
 
-def _check_steps(settings: Settings) -> None:
-    if settings.begin == settings.num_inference_steps:
-        raise RequestError(
-            f"strength {settings.strength} of {settings.num_inference_steps} steps is no step at all: "
-            f"raise it to {1 / settings.num_inference_steps:.3g} or more, or take more steps"
-        )
-
-
 def _part(name: str, value: object) -> float | None:
     """A share of the noise schedule, neither nothing nor all of it."""
     if value is None:
@@ -351,17 +278,6 @@ def _part(name: str, value: object) -> float | None:
     if not 0 < part < 1:
         raise RequestError(f"{name} is {part}: it should lie between 0 and 1; leave it out for the whole")
     return part
-
-
-def _check_parts(settings: Settings) -> None:
-    start, end = settings.denoising_start, settings.denoising_end
-    if start is not None and settings.latents is None:
-        raise RequestError(
-            f"denoising_start is {start}, but there are no latents to go on from: hand in as `image` the "
-            "`latents` of a result that was painted with denoising_end"
-        )
-    if start is not None and end is not None and start >= end:
-        raise RequestError(f"denoising_start {start} is not before denoising_end {end}")
 
 
 def _output_type(value: object) -> OutputType:
