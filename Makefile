@@ -12,11 +12,13 @@
 # TORCH_INDEX  where pip finds torch. The default index may offer only builds with CUDA, gigabytes that nothing
 #              here needs: name an index of CPU builds then (pytorch.org lists them under "Get started").
 
+# WORKERS      how many processes run the tests; each takes up to 2 GB.
 # WHEELS       for test-gpu and bench-gpu without a network: a folder with all wheels, setuptools too.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 WHEELS ?=
+WORKERS ?= 2
 PROMPT ?= a red circle above a blue square on a white background
 
 VENV := .venv
@@ -37,7 +39,7 @@ run: $(VENV)/.run build/shapes/bundle.json
 	$(BIN)/allaprima generate build/shapes "$(PROMPT)" --seed 7 -o picture.png
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev $(TYPES)
 	$(BIN)/ruff format --check .

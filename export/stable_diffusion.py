@@ -39,6 +39,7 @@ def read_family(checkpoint: Checkpoint, *, thresholding: bool = False) -> Family
     for part in ("unet", "vae"):
         checkpoint.check(part)
     unet, vae = checkpoint.config("unet"), checkpoint.config("vae")
+    _check_scaling(vae)
     channels = whole(vae, "vae", "latent_channels")
     conditions = _read_conditions(unet, channels, texts)
     downscale = 2 ** (levels(vae, "vae") - 1)
@@ -63,6 +64,16 @@ def read_family(checkpoint: Checkpoint, *, thresholding: bool = False) -> Family
         zero_negative=large and bool(checkpoint.index.get("force_zeros_for_empty_prompt", True)),
         wide=large and bool(vae.get("force_upcast", True)),
     )
+
+
+def _check_scaling(vae: Mapping[str, Any]) -> None:
+    """ExportError for latents that are more than scaled on the way to the denoiser."""
+    for field in ("latents_mean", "latents_std", "shift_factor"):
+        if vae.get(field):
+            raise ExportError(
+                f"the autoencoder has {field} {vae[field]!r}: known are those that only scale "
+                "(scaling_factor)"
+            )
 
 
 def _read_texts(checkpoint: Checkpoint, *, large: bool) -> dict[str, TextModel]:

@@ -1,7 +1,8 @@
 """Checkpoints and their exports. An export takes most of a minute, so the whole run shares each of them."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from filelock import FileLock
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -27,7 +29,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from allaprima.bundle import Bundle
+from allaprima.bundle import Bundle, open_bundle
 from allaprima.export import export_checkpoint
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
@@ -109,8 +111,11 @@ def write_tiny_xl(folder: Path, *, refiner: bool = False, **unet: Any) -> Path:
     first = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
     second = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer", pad_token="!")
     second.save_pretrained(folder / "tokenizer_2")
-    # Three heads of 16: TensorRT-RTX 1.7 compiles no attention with heads of 12.
-    widened = _text_config(second, 48, num_hidden_layers=3, num_attention_heads=3, projection_dim=40)
+    # Three heads of 16: TensorRT-RTX 1.7 compiles no attention with heads of 12. The published configuration
+    # has an end token that is none, which transformers takes for "the largest id".
+    widened = _text_config(
+        second, 48, num_hidden_layers=3, num_attention_heads=3, projection_dim=40, eos_token_id=2
+    )
     models: dict[str, Any] = {"text_encoder_2": CLIPTextModelWithProjection(widened)}
     if not refiner:
         first.save_pretrained(folder / "tokenizer")
@@ -241,104 +246,121 @@ def write_tiny_kandinsky(folder: Path, *, kind: str = "KandinskyV22Pipeline", **
     return _save(folder, models, {"_class_name": kind}, scheduler)
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("checkpoints") / "tiny")
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Folders that the first who asks makes, for all processes of the run: pytest-xdist has several."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        folder = shared / "once" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        done = folder.with_name(f"{folder.name}.done")
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not done.exists():
+                write(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+Export = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="session")
+def export(once: Once) -> Export:
+    """A checkpoint's bundle of this name and precision."""
+
+    def make(checkpoint: Path, name: str, precision: str, **options: Any) -> Bundle:
+        return open_bundle(
+            once(
+                f"bundles/{name}",
+                lambda folder: export_checkpoint(str(checkpoint), folder, precision=precision, **options),
+            )
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(once: Once) -> Path:
+    return once("checkpoints/tiny", write_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, export: Export) -> Bundle:
     """The tiny checkpoint in float32."""
-    return export_checkpoint(
-        str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "tiny", precision="fp32"
-    )
+    return export(tiny_checkpoint, "tiny", "fp32")
 
 
 @pytest.fixture(scope="session")
-def tiny_half_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_half_bundle(tiny_checkpoint: Path, export: Export) -> Bundle:
     """The tiny checkpoint in float16."""
-    return export_checkpoint(
-        str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "half", precision="fp16"
-    )
+    return export(tiny_checkpoint, "half", "fp16")
 
 
 @pytest.fixture(scope="session")
-def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The project's own model in float32."""
-    return export_checkpoint(str(SHAPES), tmp_path_factory.mktemp("bundles") / "shapes", precision="fp32")
-
-
-@pytest.fixture(scope="session")
-def tiny_bf16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_bf16_bundle(tiny_checkpoint: Path, export: Export) -> Bundle:
     """The tiny checkpoint in bfloat16."""
-    return export_checkpoint(
-        str(tiny_checkpoint), tmp_path_factory.mktemp("bundles") / "bf16", precision="bf16"
-    )
+    return export(tiny_checkpoint, "bf16", "bf16")
 
 
 @pytest.fixture(scope="session")
-def xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_xl(tmp_path_factory.mktemp("checkpoints") / "xl")
+def shapes_bundle(export: Export) -> Bundle:
+    """The project's own model in float32."""
+    return export(SHAPES, "shapes", "fp32")
 
 
 @pytest.fixture(scope="session")
-def xl_bundle(xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def xl_checkpoint(once: Once) -> Path:
+    return once("checkpoints/xl", write_tiny_xl)
+
+
+@pytest.fixture(scope="session")
+def xl_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
     """The tiny SDXL in float32."""
-    return export_checkpoint(str(xl_checkpoint), tmp_path_factory.mktemp("bundles") / "xl", precision="fp32")
+    return export(xl_checkpoint, "xl", "fp32")
 
 
 @pytest.fixture(scope="session")
-def xl_half_bundle(xl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def xl_half_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
     """The tiny SDXL in float16."""
-    return export_checkpoint(
-        str(xl_checkpoint), tmp_path_factory.mktemp("bundles") / "xl-half", precision="fp16"
-    )
+    return export(xl_checkpoint, "xl-half", "fp16")
 
 
 @pytest.fixture(scope="session")
-def refiner_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_xl(tmp_path_factory.mktemp("checkpoints") / "refiner", refiner=True)
+def refiner_checkpoint(once: Once) -> Path:
+    return once("checkpoints/refiner", lambda folder: write_tiny_xl(folder, refiner=True))
 
 
 @pytest.fixture(scope="session")
-def refiner_bundle(refiner_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def refiner_bundle(refiner_checkpoint: Path, export: Export) -> Bundle:
     """The tiny refiner in float32."""
-    return export_checkpoint(
-        str(refiner_checkpoint), tmp_path_factory.mktemp("bundles") / "refiner", precision="fp32"
-    )
+    return export(refiner_checkpoint, "refiner", "fp32")
 
 
 @pytest.fixture(scope="session")
-def prior_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_prior(tmp_path_factory.mktemp("checkpoints") / "prior")
+def prior_checkpoint(once: Once) -> Path:
+    return once("checkpoints/prior", write_tiny_prior)
 
 
 @pytest.fixture(scope="session")
-def kandinsky_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_kandinsky(tmp_path_factory.mktemp("checkpoints") / "decoder")
+def kandinsky_checkpoint(once: Once) -> Path:
+    return once("checkpoints/decoder", write_tiny_kandinsky)
 
 
 @pytest.fixture(scope="session")
-def kandinsky_bundle(
-    kandinsky_checkpoint: Path, prior_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def kandinsky_bundle(kandinsky_checkpoint: Path, prior_checkpoint: Path, export: Export) -> Bundle:
     """The tiny Kandinsky 2.2 in float32."""
-    return export_checkpoint(
-        str(kandinsky_checkpoint),
-        tmp_path_factory.mktemp("bundles") / "kandinsky",
-        prior=str(prior_checkpoint),
-        precision="fp32",
-    )
+    return export(kandinsky_checkpoint, "kandinsky", "fp32", prior=str(prior_checkpoint))
 
 
 @pytest.fixture(scope="session")
-def kandinsky_half_bundle(
-    kandinsky_checkpoint: Path, prior_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
+def kandinsky_half_bundle(kandinsky_checkpoint: Path, prior_checkpoint: Path, export: Export) -> Bundle:
     """The tiny Kandinsky 2.2 in float16."""
-    return export_checkpoint(
-        str(kandinsky_checkpoint),
-        tmp_path_factory.mktemp("bundles") / "kandinsky-half",
-        prior=str(prior_checkpoint),
-        precision="fp16",
-    )
+    return export(kandinsky_checkpoint, "kandinsky-half", "fp16", prior=str(prior_checkpoint))

@@ -154,6 +154,12 @@ def test_broken_index(tmp_path: Path, text: str) -> None:
     refuse(tmp_path, r"model_index\.json' (is not JSON|is not a JSON object|names no pipeline class)")
 
 
+@pytest.mark.parametrize("field", ["latents_mean", "latents_std", "shift_factor"])
+def test_latents_that_are_more_than_scaled(checkpoint: Path, field: str) -> None:
+    edit(checkpoint / "vae" / "config.json", **{field: [0.1] * 4})
+    refuse(checkpoint, f"the autoencoder has {field}")
+
+
 @pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionControlNetPipeline"])
 def test_unknown_pipeline(checkpoint: Path, name: str) -> None:
     edit(checkpoint / "model_index.json", _class_name=name)
