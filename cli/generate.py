@@ -188,11 +188,19 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "variation_seed": options.variation_seed,
         "variation_strength": options.variation_strength,
         "mask": options.mask,
-        "prior_num_inference_steps": options.prior_steps,
-        "prior_guidance_scale": options.prior_guidance,
         "sampling": read_sampling(options),
         **read_xl(options),
+        **_read_prior(options),
     }
+
+
+def _read_prior(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given for the prior."""
+    given = {
+        "prior_num_inference_steps": options.prior_steps,
+        "prior_guidance_scale": options.prior_guidance,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _tell(options: argparse.Namespace, paths: list[Path], result: Result) -> None:

@@ -131,7 +131,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
     words += ["--timesteps", "999,749.5", "--sigmas", "14.6,0", "--order", "3", "--churn", "5"]
     words += ["--churn-min", "0.1", "--churn-max", "9", "--churn-noise", "1.01"]
     words += ["--scheduler-option", "timestep_spacing=trailing", "--scheduler-option", "steps_offset=2"]
-    words += ["--scheduler-option", "clip_sample=true"]
+    words += ["--scheduler-option", "clip_sample=true", "--prior-steps", "5", "--prior-guidance", "2"]
     outcome = allaprima("generate", "my bundle", *words, "a cat")
     assert outcome.code == 0
     assert easel.opened == {
@@ -171,6 +171,8 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
             "s_noise": 1.01,
             "scheduler": {"timestep_spacing": "trailing", "steps_offset": 2, "clip_sample": True},
         },
+        "prior_num_inference_steps": 5,
+        "prior_guidance_scale": 2.0,
     }
     assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
     assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]

@@ -105,3 +105,18 @@ def test_other_profiles_are_another_engine(bundle: Bundle) -> None:
     key = engine_key(bundle, "denoiser", backend="x", backend_version="1", device="y", precision="fp32")
     other = replace(key, profiles=plan_profiles(bundle)["denoiser"])
     assert len({key.folder, other.folder, replace(other, flags={"level": "5"}).folder}) == 3
+
+
+def test_a_graph_of_branches_without_a_size(bundle: Bundle) -> None:
+    """A prior: its lanes are those of the pictures, and as many for negative prompts."""
+    prior = replace(
+        bundle.manifest.components["text_encoder"],
+        inputs=(
+            TensorSpec("sample", "float32", ("B", 32, 1, 1)),
+            TensorSpec("guidance", "float32", ("G", "B")),
+            TensorSpec("text_embeds", "float32", ("G*B", 32)),
+        ),
+    )
+    components = {**bundle.manifest.components, "prior": prior}
+    extended = replace(bundle, manifest=replace(bundle.manifest, components=components))
+    assert plan_profiles(extended, batch=(1, 3))["prior"] == (Profile({"B": (1, 2, 6), "G": (1, 2, 2)}),)

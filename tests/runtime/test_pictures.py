@@ -12,7 +12,7 @@ from PIL import Image
 
 from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime import Request
-from allaprima.runtime.inpainting import Kept, latent_mask
+from allaprima.runtime.inpainting import Kept, grown, latent_mask
 from allaprima.runtime.pictures import MOST_PIXELS, encodable, fitting_size, read_picture
 
 
@@ -154,3 +154,16 @@ def test_what_is_kept_is_put_back() -> None:
     sample = np.full((1, 1, 1, 2), 9, np.float32)
     kept.put_back(sample, 0.5, 0.25)
     assert sample.ravel().tolist() == [9.0, 2.0]
+
+
+def test_a_grown_mask_spreads_but_along_one_diagonal() -> None:
+    mask = np.zeros((5, 6), np.float32)
+    mask[2, 2] = 1
+    wanted = np.zeros_like(mask)
+    wanted[[1, 1, 2, 2, 2, 3, 3], [1, 2, 1, 2, 3, 2, 3]] = 1
+    assert np.array_equal(grown(mask), wanted)
+    assert mask.sum() == 1, "the mask itself stays"
+    corner = np.zeros((2, 3), np.float32)
+    corner[0, 0] = 1
+    assert np.array_equal(grown(corner), [[1, 1, 0], [1, 1, 0]])
+    assert np.array_equal(grown(np.ones((1, 1), np.float32)), [[1]])
