@@ -12,7 +12,7 @@
 # TORCH_INDEX  where pip finds torch. The default index may offer only builds with CUDA, gigabytes that nothing
 #              here needs: name an index of CPU builds then (pytorch.org lists them under "Get started").
 
-# WORKERS      how many processes run the tests; each takes up to 2 GB.
+# WORKERS      how many processes run the tests, of one thread each, which take up to 2 GB.
 # WHEELS       for test-gpu and bench-gpu without a network: a folder with all wheels, setuptools too.
 
 PYTHON ?= python3
@@ -39,7 +39,7 @@ run: $(VENV)/.run build/shapes/bundle.json
 	$(BIN)/allaprima generate build/shapes "$(PROMPT)" --seed 7 -o picture.png
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev $(TYPES)
 	$(BIN)/ruff format --check .
