@@ -21,7 +21,7 @@ _SCORES = {
     "aesthetic_score": ("--aesthetic-score", "a refiner's, 1 to 10 (6)"),
     "negative_aesthetic_score": ("--negative-aesthetic-score", "that it stays away from (2.5)"),
 }
-_BASE_ALONE = ("image", "strength", "mask", "variation_seed", "variation_strength", "eta")
+_BASE_ALONE = ("image", "strength", "mask", "variation_seed", "variation_strength")
 """What the refiner is not asked for: the latents that it is given hold it."""
 
 
@@ -71,8 +71,8 @@ def for_refiner(options: argparse.Namespace, asked: Mapping[str, Any], begun: Re
     left_out |= {f"{prefix}target_size" for prefix in ("", "negative_")}
     request = {name: value for name, value in asked.items() if name not in left_out}
     # Its one text encoder is the base's second.
-    request["prompt"] = request.pop("prompt_2", None) or request["prompt"]
-    request["negative_prompt"] = request.pop("negative_prompt_2", None) or request["negative_prompt"]
+    for name in ("prompt", "negative_prompt"):
+        request[name] = request.pop(f"{name}_2", request[name])
     told = begun.parameters[0]
     scores = {name: getattr(options, name) for name in _SCORES if getattr(options, name) is not None}
     return {

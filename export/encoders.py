@@ -101,16 +101,3 @@ class QuantizedEncoder(torch.nn.Module):
             image.to(next(self.movq.parameters()).dtype), return_dict=False
         )[0]
         return latents.float()
-
-
-class VisionEncoder(torch.nn.Module):
-    """CLIP's image encoder: pixel_values float32 [B,3,S,S], normalised, to image_embeds float32 [B,D]."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """The projection of the pooled picture."""
-        embeds: Tensor = self.model(pixel_values.to(next(self.model.parameters()).dtype)).image_embeds
-        return embeds.float()

@@ -70,7 +70,7 @@ def test_sizes_are_width_by_height_on_the_command_line(allaprima: Allaprima, eas
 def test_base_and_refiner(allaprima: Allaprima, easels: Easels, write_bundle: WriteBundle) -> None:
     refiner = write_bundle(Path("finish"))
     words = ["--refiner", str(refiner), "--prompt-2", "oil", "--seed", "3", "--size", "64x64"]
-    words += ["--target-size", "64x32", "--original-size", "64x32", "--aesthetic-score", "7"]
+    words += ["--target-size", "64x32", "--original-size", "64x32", "--aesthetic-score", "7", "--eta", "0.5"]
     outcome = allaprima("generate", "base", "a cat", "--negative-prompt", "dull", *words)
     assert outcome.code == 0
     assert outcome.out.endswith("2.50 s on ort in fp32\n")
@@ -80,7 +80,7 @@ def test_base_and_refiner(allaprima: Allaprima, easels: Easels, write_bundle: Wr
     assert "aesthetic_score" not in base
     assert (finish["denoising_start"], finish["prompt"], finish["negative_prompt"]) == (0.8, "oil", "dull")
     assert (finish["seed"], finish["sampler"], finish["num_inference_steps"]) == (3, "ddim", 20)
-    assert (finish["original_size"], finish["aesthetic_score"]) == ((32, 64), 7.0)
+    assert (finish["original_size"], finish["aesthetic_score"], finish["eta"]) == ((32, 64), 7.0, 0.5)
     assert finish["image"].shape == (1, 4, 8, 8)
     assert not finish.keys() & {
         "target_size",
