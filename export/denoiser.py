@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from allaprima.export.sharing import Sharing
 from allaprima.export.update import VARIANCE, advance, per_sample
 
 ADDED = ("text_embeds", "time_ids")
@@ -49,6 +51,7 @@ class Denoiser(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.unet = unet
+        self.sharing = Sharing(unet)
         self.conditions = tuple(conditions)
         self.options = tuple(options)
         self.guided_variance = guided_variance
@@ -123,14 +126,15 @@ class Denoiser(torch.nn.Module):
         if "encoder_hidden_states_2" in named:
             states = torch.cat([states, named["encoder_hidden_states_2"]], dim=-1)
         scale = named.get("timestep_cond")
-        output = self.unet(
-            sample.unsqueeze(0).expand(branches, -1, -1, -1, -1).flatten(0, 1).to(kind),
-            timestep.unsqueeze(0).expand(branches, -1).flatten(),
-            states.to(kind),
-            timestep_cond=None if scale is None else scale.to(kind),
-            added_cond_kwargs=added or None,
-            return_dict=False,
-        )[0].float()
+        with self.sharing.within(*guidance.shape) if self.sharing.applies else nullcontext():
+            output = self.unet(
+                sample.unsqueeze(0).expand(branches, -1, -1, -1, -1).flatten(0, 1).to(kind),
+                timestep.unsqueeze(0).expand(branches, -1).flatten(),
+                states.to(kind),
+                timestep_cond=None if scale is None else scale.to(kind),
+                added_cond_kwargs=added or None,
+                return_dict=False,
+            )[0].float()
         made: Tensor = output.unflatten(0, guidance.shape)
         return made
 
