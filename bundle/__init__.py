@@ -1,6 +1,7 @@
 """The contract between export, build and run: manifest, files on disk, errors. Standard library only."""
 
 from allaprima.bundle.engines import (
+    STREAMING,
     Engine,
     EngineFile,
     EngineKey,
@@ -49,6 +50,7 @@ from allaprima.bundle.version import VERSION
 
 __all__ = [
     "SCHEMA",
+    "STREAMING",
     "VERSION",
     "AllaprimaError",
     "BackendError",

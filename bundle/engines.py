@@ -26,6 +26,8 @@ from allaprima.bundle.store import Bundle, hash_file
 from allaprima.bundle.version import VERSION
 
 SIDECAR = "engine.json"
+STREAMING = "weight_streaming"
+"""The builder's option that lets weights be streamed, among the flags of an engine's key."""
 _PARTIAL = ".partial"
 _OURS = re.compile(r"\.?[\w-]+-[0-9a-f]{24}(\.\w+\.partial)?", re.ASCII)
 """Names of engines' folders, finished or not. The cache may be a folder in which other things live too."""
@@ -80,10 +82,14 @@ class Engine(Record):
 
 @dataclass(frozen=True)
 class EngineFile:
-    """What a session loads: an engine's main file, and the shapes it serves (none: all of the graph's)."""
+    """What a session loads: an engine's main file, and the shapes it serves (none: all of the graph's).
+
+    `streams`: its weights need not all be on the device.
+    """
 
     path: Path
     profiles: tuple[Profile, ...] = ()
+    streams: bool = False
 
 
 def cache_folder() -> Path:
@@ -143,7 +149,8 @@ def matching_engines(
             continue
         same = replace(key, profiles=engine.key.profiles, flags=engine.key.flags, device=engine.key.device)
         if same == engine.key and find_engine(engine.key, cache):
-            file = EngineFile(folder / engine.main, engine.key.profiles)
+            streams = STREAMING in engine.key.flags
+            file = EngineFile(folder / engine.main, engine.key.profiles, streams)
             found.append(((folder / SIDECAR).stat().st_mtime, file))
     return tuple(file for _, file in sorted(found, key=lambda pair: -pair[0]))
 

@@ -49,6 +49,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--refit", action="store_true", help="let the weights be changed later (tensorrt 11.4 or newer)"
     )
     parser.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="let weights stay outside the GPU, for generate --memory-limit (both TensorRTs)",
+    )
+    parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="another cache, to be copied to another machine"
     )
     add_json(parser)
@@ -86,13 +91,18 @@ def _tensorrt(options: argparse.Namespace) -> Options | None:
     """The options of the TensorRT family, None if there are none."""
     from allaprima.engine import Options
 
-    given = options.target, options.workspace, options.level, options.refit, options.chunks
-    if given == (None, None, None, False, None):
+    given = options.target, options.workspace, options.level, options.chunks
+    if given == (None,) * 4 and not (options.refit or options.weight_streaming):
         return None
     targets = tuple(word.strip() for word in options.target.split(",")) if options.target is not None else ()
     workspace = None if options.workspace is None else options.workspace * 2**20
     return Options(
-        targets, workspace, options.level, options.refit, 1 if options.chunks is None else options.chunks
+        targets,
+        workspace,
+        options.level,
+        options.refit,
+        1 if options.chunks is None else options.chunks,
+        options.weight_streaming,
     )
 
 

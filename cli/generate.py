@@ -15,12 +15,13 @@ from allaprima.cli.output import (
     print_json,
     print_warnings,
     progress_bar,
+    show_bytes,
 )
 from allaprima.cli.sampling import add_sampling, read_sampling
 from allaprima.cli.xl import add_xl, for_refiner, joined, read_xl
 
 if TYPE_CHECKING:
-    from allaprima.runtime import Progress, Result
+    from allaprima.runtime import MemoryUse, Progress, Result
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", metavar="N", type=int, help="CPU threads (default: the backend's choice)"
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="BYTES",
+        help="load the parts of the model one after the other, if they do not fit together, as 8GB or 8GiB",
     )
     parser.add_argument(
         "-o",
@@ -154,6 +160,7 @@ def run(options: argparse.Namespace) -> None:
                 precision=options.precision,
                 threads=options.threads,
                 safety_checker=not options.no_safety_checker,
+                memory_limit=options.memory_limit,
             ) as pipeline:
                 return pipeline.generate(**request, callback=callback, preview_every=every)
 
@@ -203,13 +210,26 @@ def _read_prior(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _show_memory(memory: MemoryUse) -> str:
+    """What was done for a limit, in words."""
+    told = f"memory: about {show_bytes(memory.peak)} at most, of {show_bytes(memory.limit)}"
+    if memory.loaded:
+        told += f"; {memory.seconds:.1f} s to load {', '.join(memory.loaded)}"
+    if memory.unloaded:
+        told += f"; unloaded {', '.join(memory.unloaded)}"
+    return told
+
+
 def _tell(options: argparse.Namespace, paths: list[Path], result: Result) -> None:
     pictures = [
         {"path": str(path), **asdict(parameters)}
         for path, parameters in zip(paths, result.parameters, strict=True)
     ]
     if options.json:
-        print_json({"images": pictures, "timings": dict(result.timings), "warnings": list(result.warnings)})
+        told: dict[str, Any] = {"timings": dict(result.timings), "warnings": list(result.warnings)}
+        if result.memory is not None:
+            told["memory"] = asdict(result.memory)
+        print_json({"images": pictures, **told})
     if options.quiet:
         return
     print_warnings(result.warnings)
@@ -217,6 +237,8 @@ def _tell(options: argparse.Namespace, paths: list[Path], result: Result) -> Non
         for path, parameters in zip(paths, result.parameters, strict=True):
             print(f"{path}  seed {parameters.seed}")
         print(f"{result.timings['total']:.2f} s on {parameters.backend} in {parameters.precision}")
+        if result.memory is not None:
+            print(_show_memory(result.memory))
 
 
 def _previews(options: argparse.Namespace) -> tuple[int | None, list[Path]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from allaprima.bundle import RequestError
 from allaprima.cli.output import parse_size
 
 if TYPE_CHECKING:
-    from allaprima.runtime import Result
+    from allaprima.runtime import MemoryUse, Result
 
 _SIZES = {
     "original_size": ("--original-size", "of the picture that a training picture was cut from"),
@@ -95,7 +95,27 @@ def joined(begun: Result, done: Result) -> Result:
     )
     timings = {stage: begun.timings[stage] + seconds for stage, seconds in done.timings.items()}
     warnings = tuple(dict.fromkeys(begun.warnings + done.warnings))
-    return replace(done, parameters=parameters, timings=timings, warnings=warnings)
+    memory = _both(begun.memory, done.memory)
+    return replace(done, parameters=parameters, timings=timings, warnings=warnings, memory=memory)
+
+
+def _both(base: MemoryUse | None, refiner: MemoryUse | None) -> MemoryUse | None:
+    """What both did for a memory limit, one after the other."""
+    if base is None or refiner is None:
+        return None
+
+    def named(roles: Iterable[str]) -> tuple[str, ...]:
+        return tuple(f"the refiner's {role}" for role in roles)
+
+    sizes = zip(named(refiner.components), refiner.components.values(), strict=True)
+    return replace(
+        base,
+        peak=max(base.peak, refiner.peak),
+        components={**base.components, **dict(sizes)},
+        loaded=base.loaded + named(refiner.loaded),
+        unloaded=base.unloaded + named(refiner.unloaded),
+        seconds=base.seconds + refiner.seconds,
+    )
 
 
 def _start(options: argparse.Namespace) -> float:

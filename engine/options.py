@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from allaprima.bundle import BackendError, RequestError
+from allaprima.bundle import STREAMING, BackendError, RequestError
 from allaprima.runtime.cuda import current_device
 from allaprima.runtime.flavours import FLAVOURS, version
 
@@ -18,7 +18,8 @@ class Options:
     """How a plan is built. `workspace` in bytes and `level` (0 to 5) None are the builder's defaults.
 
     `targets` are compute capabilities, none is Ampere and newer. `refit`: the weights can be changed later.
-    `chunks` is the most that a prompt may have, where the graph takes several.
+    `chunks` is the most that a prompt may have, where the graph takes several. `weight_streaming`: weights
+    that do not fit into a memory limit may stay with the host, to be copied with every run.
     """
 
     targets: tuple[str, ...] = ()
@@ -26,6 +27,7 @@ class Options:
     level: int | None = None
     refit: bool = False
     chunks: int = 1
+    weight_streaming: bool = False
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -47,7 +49,9 @@ class Options:
 
     def flags(self) -> dict[str, str]:
         """What of this changes a plan, in words, for the engine's key."""
-        named = {"workspace": self.workspace, "level": self.level, "refit": "yes" if self.refit else None}
+        switches = {"refit": self.refit, STREAMING: self.weight_streaming}
+        given = {name: "yes" for name, on in switches.items() if on}
+        named = {"workspace": self.workspace, "level": self.level, **given}
         return {name: str(value) for name, value in named.items() if value is not None}
 
     def check(self, backend: str) -> None:

@@ -145,6 +145,7 @@ def _config(
         "builder_optimization_level": options.level,
         "memory_pool_limits": options.workspace and {module.MemoryPoolType.WORKSPACE: options.workspace},
         "refittable": options.refit,
+        "weight_streaming": options.weight_streaming,
     }
     if not FLAVOURS[backend].ahead_of_time:
         known = str(timings) if timings is not None and timings.is_file() else None

@@ -4,7 +4,7 @@ from allaprima.runtime.backends import BackendInfo, Decision, backends, choose, 
 from allaprima.runtime.image import check_writable, read_parameters, save_image, save_preview
 from allaprima.runtime.pipeline import Pipeline
 from allaprima.runtime.request import Request
-from allaprima.runtime.result import Parameters, Progress, Result
+from allaprima.runtime.result import MemoryUse, Parameters, Progress, Result
 from allaprima.runtime.sampling import Sampling
 from allaprima.runtime.session import Binding, Session
 from allaprima.runtime.settings import Settings
@@ -13,6 +13,7 @@ __all__ = [
     "BackendInfo",
     "Binding",
     "Decision",
+    "MemoryUse",
     "Parameters",
     "Pipeline",
     "Progress",

@@ -19,6 +19,7 @@ from allaprima.bundle import (
     find_engine,
     matching_engines,
 )
+from allaprima.runtime.footprint import Footprint
 from allaprima.runtime.session import Session
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -47,8 +48,12 @@ class Driver(Protocol):
         precision: str | None,
         threads: int | None,
         engines: Sequence[EngineFile],
+        memory_limit: int | None,
     ) -> Session:
         """See `open_session` below."""
+
+    def footprint(self, graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+        """See `footprint` below."""
 
 
 class Compiler(Driver, Protocol):
@@ -181,12 +186,14 @@ def open_session(
     precision: str | None = None,
     threads: int | None = None,
     engines: Sequence[EngineFile] = (),
+    memory_limit: int | None = None,
 ) -> Session:
     """Load the graph of a component.
 
     `precision` None or "auto" is the fastest that the backend has for this graph on this machine; `threads`
     None leaves the number to the backend; `engines` are what the same backend compiled before, loaded in
-    place of the graph: of several that serve a shape the first.
+    place of the graph: of several that serve a shape the first. With a `memory_limit` in bytes nothing is
+    loaded before the first `bind`, and engines whose weights can be streamed keep below it.
 
     Raises BackendError.
     """
@@ -196,7 +203,21 @@ def open_session(
         precision = engine_precision(component, name, precision)
     if threads is not None and threads < 1:
         raise BackendError(f"threads is {threads}: give at least 1, or leave it out")
-    return _driver(name).open_session(graph, component, precision=precision, threads=threads, engines=engines)
+    return _driver(name).open_session(
+        graph,
+        component,
+        precision=precision,
+        threads=threads,
+        engines=engines,
+        memory_limit=memory_limit,
+    )
+
+
+def footprint(
+    graph: Path, component: Component, backend: str, engines: Sequence[EngineFile] = ()
+) -> Footprint:
+    """The memory that a component takes with a backend once it has run, beside activations: an estimate."""
+    return _driver(backend).footprint(graph, component, engines)
 
 
 def compile_engine(

@@ -15,7 +15,8 @@ from allaprima.runtime.memory import Memory
 from allaprima.runtime.micro_conditioning import TIME_IDS
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
-from allaprima.runtime.stages import POOLED, RESCALE, Denoiser, TextEncoder
+from allaprima.runtime.stages import POOLED, RESCALE, Denoiser
+from allaprima.runtime.text_encoder import TextEncoder
 
 Encoders = Mapping[str, TextEncoder]
 """The text encoders by component, in the order of the model's conditions."""

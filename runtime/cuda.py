@@ -247,6 +247,10 @@ class CudaMemory:
         """See Memory.copy."""
         self._gpu.copy(target.address, source.address, source.array.nbytes)
 
+    def synchronize(self) -> None:
+        """See Memory.synchronize."""
+        self._gpu.synchronize()
+
 
 class CudaBlock:
     """See `memory.Block`: one allocation on the device, one in the host, and pinned slots between them.

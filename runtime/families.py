@@ -8,12 +8,15 @@ from typing import Protocol
 
 from allaprima.bundle import Bundle, BundleError, Manifest, RequestError
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
+from allaprima.runtime.embeddings import EmbeddingCache
 from allaprima.runtime.kandinsky import Kandinsky
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
+from allaprima.runtime.result import Report
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
-from allaprima.runtime.stages import Denoiser, TextEncoder
+from allaprima.runtime.stages import Denoiser
+from allaprima.runtime.text_encoder import TextEncoder
 from allaprima.runtime.tokenizer import Tokenizer
 
 COMPONENTS = ("denoiser", "vae_decoder")
@@ -31,8 +34,11 @@ class Told(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """Sentences for the user."""
 
-    def draw(self, streams: Sequence[Noise]) -> None:
-        """Draw what comes before the first latents, from the stream of each picture. Raises BackendError."""
+    def draw(self, streams: Sequence[Noise], report: Report | None = None) -> None:
+        """Draw what comes before the first latents, from the stream of each picture. Raises BackendError.
+
+        `report` is told after every step of it, and may raise.
+        """
 
     def write(self, denoiser: Denoiser) -> None:
         """Write all conditions, after `draw`, and push them with those that were written before."""
@@ -54,12 +60,13 @@ class Family(Protocol):
 class StableDiffusion:
     """Texts to hidden states, which the denoiser attends to."""
 
-    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session]) -> None:
+    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session], cache: EmbeddingCache) -> None:
         """Raises BundleError if a tokenizer cannot be read."""
         self._manifest = bundle.manifest
         self._denoiser = sessions["denoiser"]
         self._encoders = {
-            role: TextEncoder(sessions[role], Tokenizer(bundle, role)) for role in bundle.manifest.tokenizers
+            role: TextEncoder(sessions[role], Tokenizer(bundle, role), cache)
+            for role in bundle.manifest.tokenizers
         }
 
     def settle(self, settings: Settings) -> Settings:
@@ -101,14 +108,15 @@ class _Texts:
     def warnings(self) -> tuple[str, ...]:
         return self.conditioning.warnings
 
-    def draw(self, streams: Sequence[Noise]) -> None:
+    def draw(self, streams: Sequence[Noise], report: Report | None = None) -> None:
         """Texts are not drawn."""
 
     def write(self, denoiser: Denoiser) -> None:
         self.conditioning.write(self.encoders, denoiser, self.session.memory, self.settings)
 
 
-_FAMILIES: Mapping[str, tuple[Callable[[Bundle, Mapping[str, Session]], Family], tuple[str, ...]]] = {
+_Open = Callable[[Bundle, Mapping[str, Session], EmbeddingCache], Family]
+_FAMILIES: Mapping[str, tuple[_Open, tuple[str, ...]]] = {
     "stable-diffusion": (StableDiffusion, COMPONENTS),
     "kandinsky-2.2": (Kandinsky, (PRIOR, *COMPONENTS)),
 }
@@ -120,8 +128,11 @@ def needed(manifest: Manifest) -> tuple[str, ...]:
     return (*manifest.tokenizers, *components)
 
 
-def open_family(bundle: Bundle, sessions: Mapping[str, Session]) -> Family:
-    """The family of a bundle, over opened sessions. Raises BundleError if there is none of that name."""
+def open_family(bundle: Bundle, sessions: Mapping[str, Session], cache: EmbeddingCache) -> Family:
+    """The family of a bundle, over opened sessions; `cache` is for its text encoders.
+
+    Raises BundleError if there is none of that name.
+    """
     name = bundle.manifest.family
     if name not in _FAMILIES:
         raise BundleError(
@@ -129,4 +140,4 @@ def open_family(bundle: Bundle, sessions: Mapping[str, Session]) -> Family:
             f"{' and '.join(_FAMILIES)}: upgrade allaprima"
         )
     kind, _ = _FAMILIES[name]
-    return kind(bundle, sessions)
+    return kind(bundle, sessions, cache)

@@ -9,13 +9,16 @@ import numpy as np
 
 from allaprima.bundle import Bundle, RequestError
 from allaprima.runtime.chunks import Chunk
+from allaprima.runtime.embeddings import EmbeddingCache
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
 from allaprima.runtime.prior import Prior, Text
+from allaprima.runtime.result import Report
 from allaprima.runtime.samplers import Table
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
-from allaprima.runtime.stages import Denoiser, Floats, TextEncoder
+from allaprima.runtime.stages import Denoiser, Floats
+from allaprima.runtime.text_encoder import TextEncoder
 from allaprima.runtime.tokenizer import Tokenizer
 
 EMBEDS = "image_embeds"
@@ -27,9 +30,9 @@ _UNKNOWN = {"clip_skip": 0, "long_prompts": False, "prompt_weights": False}
 class Kandinsky:
     """Texts to embeddings of pictures, one for each picture and its seed."""
 
-    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session]) -> None:
+    def __init__(self, bundle: Bundle, sessions: Mapping[str, Session], cache: EmbeddingCache) -> None:
         """Raises BundleError if the tokenizer or the prior's settings cannot be read."""
-        self.encoder = TextEncoder(sessions["text_encoder"], Tokenizer(bundle))
+        self.encoder = TextEncoder(sessions["text_encoder"], Tokenizer(bundle), cache)
         self.prior = Prior(bundle, sessions[PRIOR])
         self.precision = sessions["text_encoder"].precision
 
@@ -116,12 +119,12 @@ class Embedding:
     embeds: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
     """[2,N,D], negative and positive, once drawn."""
 
-    def draw(self, streams: Sequence[Noise]) -> None:
+    def draw(self, streams: Sequence[Noise], report: Report | None = None) -> None:
         """Run the prior. Both texts are guided against the negative one, as in diffusers."""
         positive, negative = self.family.read(self.chunks, self.counts)
         against = negative if self.guidance_scale > 1 else None
         texts = [positive, negative] if self.doubled else [positive]
-        made = self.family.prior.embed(texts, against, self.table, self.guidance_scale, streams)
+        made = self.family.prior.embed(texts, against, self.table, self.guidance_scale, streams, report)
         other = made[1] if self.doubled else np.array(self.family.prior.settings.zero, np.float32)
         self.embeds = np.stack([np.broadcast_to(other, made[0].shape), made[0]])
 

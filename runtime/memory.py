@@ -7,6 +7,8 @@ all there is, and both do nothing.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -78,6 +80,9 @@ class Memory(Protocol):
         The arrays are left alone where there is a device.
         """
 
+    def synchronize(self) -> None:
+        """Wait for everything that was asked of it. Raises BackendError if any of it failed."""
+
 
 class HostMemory:
     """The memory of the process: see Memory."""
@@ -91,6 +96,9 @@ class HostMemory:
     def copy(self, target: Tensor, source: Tensor) -> None:
         """See Memory.copy."""
         target.array[...] = source.array
+
+    def synchronize(self) -> None:
+        """Nothing to do: what was asked is done."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,19 @@ class HostBlock:
 
 
 HOST = HostMemory()
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it.
+
+    glibc keeps what lies between blocks that are in use, and raises the size above which it does not to that
+    of every block that is freed: after ONNX Runtime let go of weights of a few megabytes each, all of them
+    stay with the process.
+    """
+    if sys.platform == "linux":
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if give_back is not None:
+            give_back(0)
 
 
 def on_host(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,8 +12,6 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from allaprima.bundle import (
@@ -23,26 +22,30 @@ from allaprima.bundle import (
     open_bundle,
     resolve,
 )
-from allaprima.runtime.backends import choose, find_engines, open_session
+from allaprima.runtime.backends import choose
+from allaprima.runtime.components import Components, weigh_files
 from allaprima.runtime.conventions import conventions_of
+from allaprima.runtime.embeddings import EmbeddingCache
 from allaprima.runtime.families import needed, open_family
 from allaprima.runtime.finite import check_latents
-from allaprima.runtime.inpainting import Kept
+from allaprima.runtime.footprint import Footprint, parse_bytes
 from allaprima.runtime.latents import Beginning
-from allaprima.runtime.noise import Draws, Noise
+from allaprima.runtime.loop import Callback, denoise, guide, reporter, tell
+from allaprima.runtime.memory import trim
+from allaprima.runtime.opener import Opener
 from allaprima.runtime.preview import Previewer, check_preview
 from allaprima.runtime.request import Options, Request
-from allaprima.runtime.result import Parameters, Progress, Result, Stage
+from allaprima.runtime.result import Parameters, Result
 from allaprima.runtime.safety import COMPONENT as SAFETY
-from allaprima.runtime.safety import SafetyChecker, blurred
+from allaprima.runtime.safety import blurred
 from allaprima.runtime.samplers import Table, make_table, take_part
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
-from allaprima.runtime.stages import Decoder, Denoiser, Encoder, check_table
+from allaprima.runtime.stages import Denoiser, check_table
+from allaprima.runtime.staging import Staging
 
-Callback = Callable[[Progress], None]
-
-ENCODER = "vae_encoder"
+EMBEDDING_CACHE = 64 << 20
+"""Bytes of text that was encoded before, which are kept unless said otherwise."""
 
 
 class Pipeline:
@@ -59,24 +62,27 @@ class Pipeline:
         *,
         backend: str,
         opens: Callable[[str], Session] | None = None,
+        memory_limit: int | None = None,
+        weigh: Callable[[str], Footprint] | None = None,
+        embedding_cache: int = EMBEDDING_CACHE,
     ) -> None:
         """Take over opened sessions of text encoders, denoiser and vae_decoder; `open` does it all.
 
         `opens` opens another component when a request first needs it: the vae_encoder, for pictures that are
-        handed in.
+        handed in. `weigh` says what a component takes of a `memory_limit` in bytes; without it that is the
+        size of its files. `embedding_cache` in bytes.
 
-        Raises BundleError if the bundle is of another family or its tokenizer cannot be read.
+        Raises BundleError if the bundle is of another family or its tokenizer cannot be read, BackendError if
+        a component does not fit into the limit.
         """
         self.bundle = bundle
         self.backend = backend
         self.precision = sessions["denoiser"].precision
-        self._sessions = dict(sessions)
-        self._opens = opens
-        self._family = open_family(bundle, sessions)
-        self._safety: SafetyChecker | None = None
-        self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
-        self._decoder: tuple[object, Decoder] | None = None
-        self._encoder: tuple[object, Encoder] | None = None
+        weigh = weigh or functools.partial(weigh_files, bundle)
+        self._components = Components(sessions, opens=opens, limit=memory_limit, weigh=weigh)
+        self._stages = Staging(bundle, self._components)
+        self._embeddings = EmbeddingCache(embedding_cache)
+        self._family = open_family(bundle, self._components.sessions, self._embeddings)
         self._busy = threading.Lock()
 
     @classmethod
@@ -89,6 +95,8 @@ class Pipeline:
         threads: int | None = None,
         verify: bool = False,
         safety_checker: bool = True,
+        memory_limit: int | str | None = None,
+        embedding_cache: int | str = EMBEDDING_CACHE,
     ) -> Self:
         """Open a bundle's folder, or a built-in bundle by its name.
 
@@ -97,48 +105,56 @@ class Pipeline:
         machine before (`allaprima build`) come from the engine cache, the others are compiled now. If the
         bundle has a safety checker, it looks at every picture; `safety_checker` False switches it off.
 
-        Raises BundleError or BackendError.
+        `memory_limit`, in bytes or as "8GB" or "8GiB", is what the components may take together: they are
+        loaded when they are needed, and those that were not used for longest make room. `embedding_cache`
+        bounds the memory for prompts that were encoded before, which are not encoded again; 0 is off.
+
+        Raises BundleError, or BackendError, also if the limit is too small for one of the components.
         """
+        limit = None if memory_limit is None else parse_bytes("memory_limit", memory_limit)
+        kept = parse_bytes("embedding_cache", embedding_cache)
         opened = open_bundle(resolve(str(bundle)), verify=verify)
         name = choose(backend, opened)
 
-        def opens(role: str) -> Session:
-            component = opened.component(role)
-            return open_session(
-                opened.path(component.graph),
-                component,
-                name,
-                precision=precision,
-                threads=threads,
-                engines=find_engines(opened, role, name, precision=precision),
-            )
-
+        opener = Opener(opened, name, precision=precision, threads=threads, memory_limit=limit)
         with ExitStack() as undo:
             sessions = {}
             watched = (SAFETY,) if safety_checker and SAFETY in opened.manifest.components else ()
             for role in (*needed(opened.manifest), *watched):
-                sessions[role] = opens(role)
+                sessions[role] = opener.open(role)
                 undo.callback(sessions[role].close)
-            pipeline = cls(opened, sessions, backend=name, opens=opens)
+            pipeline = cls(
+                opened,
+                sessions,
+                backend=name,
+                opens=opener.open,
+                memory_limit=limit,
+                weigh=opener.weigh,
+                embedding_cache=kept,
+            )
             undo.pop_all()
         return pipeline
 
     def close(self) -> None:
         """Let go of graphs and buffers; more than once is fine. RequestError while a picture is painted."""
         with self._exclusive():
-            for session in self._sessions.values():
-                session.close()
-            self._sessions.clear()
-            self._family.unload()
-            self._denoiser = self._decoder = self._encoder = self._safety = None
+            self._components.close()
+            self._embeddings.clear()
+            self._drop()
 
     def unload(self) -> None:
-        """Let go of weights and buffers until the next picture. RequestError while one is painted."""
+        """Let go of weights and buffers until the next picture. RequestError while one is painted.
+
+        Embeddings of prompts stay.
+        """
         with self._exclusive():
-            for session in self._sessions.values():
-                session.unload()
-            self._family.unload()
-            self._denoiser = self._decoder = self._encoder = self._safety = None
+            self._components.unload()
+            self._drop()
+
+    def _drop(self) -> None:
+        self._family.unload()
+        self._stages.drop()
+        trim()  # last, since what was bound keeps its weights
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +190,7 @@ class Pipeline:
         try:
             return self._paint(request, callback, preview_every)
         except MemoryError as cause:
-            self._denoiser = self._decoder = self._encoder = None
+            self._stages.drop()
             raise BackendError(
                 "there is not enough memory for this request: ask for fewer or smaller pictures"
             ) from cause
@@ -185,34 +201,39 @@ class Pipeline:
         table = self._plan(settings)
         marks = [perf_counter()]
         with self._exclusive():
-            if not self._sessions:
+            sessions = self._components.sessions
+            if not sessions:
                 raise BackendError("the pipeline is closed: open it again")
-            check_table(table, self._sessions["denoiser"])
+            self._components.begin()
+            check_table(table, sessions["denoiser"])
             told = self._family.plan(settings)
-            denoiser = self._prepare(settings, told.length)
+            denoiser = self._stages.denoiser(settings, told.length)
+            if self._components.limited and settings.output_type != "latent":
+                self._stages.decoder(settings)  # so that it is known before painting if it does not fit
             manifest = self.bundle.manifest
             beginning = Beginning(
                 settings,
                 table,
                 manifest.latent,
-                lambda: self._picture_encoder(settings),
+                lambda: self._stages.encoder(settings),
                 conventions_of(manifest),
             )
-            told.draw(beginning.streams)
+            told.draw(beginning.streams, reporter(callback))
             kept = beginning.write(denoiser)
-            _guide(denoiser, settings)
+            guide(denoiser, settings)
             told.write(denoiser)
-            _tell(callback, "encode", 1, 1, denoiser)
+            tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
             previewer = Previewer(preview, preview_every, kept) if preview and preview_every else None
-            _denoise(denoiser, table, beginning.streams, kept, callback, previewer)
-            check_latents(denoiser, self._sessions)
+            denoise(denoiser, table, beginning.streams, kept, callback, previewer)
+            check_latents(denoiser, sessions)
             marks.append(perf_counter())
             latents = denoiser.sample.copy() if settings.output_type == "latent" else None
             images, flagged = self._check_safety(
                 self._decode(denoiser, settings, callback) if latents is None else ()
             )
             marks.append(perf_counter())
+            memory = self._components.report()
         stages = ("encode", "denoise", "decode")
         timings = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
         timings["total"] = marks[-1] - marks[0]
@@ -222,7 +243,7 @@ class Pipeline:
             for index, each in enumerate(flagged or ())
             if each
         )
-        return Result(images, parameters, timings, warnings, flagged, latents)
+        return Result(images, parameters, timings, warnings, flagged, latents, memory)
 
     def _plan(self, settings: Settings) -> Table:
         """The rows that the request takes of its sampler's table."""
@@ -254,60 +275,24 @@ class Pipeline:
         finally:
             self._busy.release()
 
-    def _prepare(self, settings: Settings, length: int) -> Denoiser:
-        """The denoiser of the request's shape: the last one if it fits, for its buffers."""
-        manifest = self.bundle.manifest
-        latent = manifest.latent
-        height, width = settings.height // latent.downscale, settings.width // latent.downscale
-        shape = (settings.num_images, latent.channels, height, width)
-        key = (shape, settings.branches, length)
-        if self._denoiser is None or self._denoiser[0] != key:
-            self._denoiser = None  # first, so that the old and the new buffers never exist together
-            denoiser = Denoiser(
-                self._sessions["denoiser"],
-                shape,
-                branches=settings.branches,
-                history=manifest.history,
-                length=length,
-            )
-            self._denoiser = key, denoiser
-        return self._denoiser[1]
-
-    def _picture_encoder(self, settings: Settings) -> Encoder:
-        """The image encoder of the request's size; the graph is loaded when it is first needed."""
-        if ENCODER not in self._sessions:
-            if self._opens is None:
-                raise RequestError("this pipeline was made without a vae_encoder: it takes no picture")
-            self._sessions[ENCODER] = self._opens(ENCODER)
-        key = settings.height, settings.width
-        if self._encoder is None or self._encoder[0] != key:
-            self._encoder = None
-            self._encoder = key, Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, *key)
-        return self._encoder[1]
-
     def _decode(
         self, denoiser: Denoiser, settings: Settings, callback: Callback | None
     ) -> tuple[Image.Image, ...]:
-        key = settings.height, settings.width
-        if self._decoder is None or self._decoder[0] != key:
-            self._decoder = None
-            self._decoder = key, Decoder(self._sessions["vae_decoder"], self.bundle.manifest.latent, *key)
-        decoder = self._decoder[1]
+        decoder = self._stages.decoder(settings)
         images = []
         for lane in range(settings.num_images):
             images.append(Image.fromarray(decoder.decode(denoiser.lane(lane)).copy()))
-            _tell(callback, "decode", len(images), settings.num_images, denoiser)
+            tell(callback, "decode", len(images), settings.num_images, denoiser)
         return tuple(images)
 
     def _check_safety(
         self, images: tuple[Image.Image, ...]
     ) -> tuple[tuple[Image.Image, ...], tuple[bool, ...] | None]:
         """The pictures, flagged ones blurred, and which those are; None where nobody looks."""
-        if SAFETY not in self._sessions:
+        checker = self._stages.safety() if images else None
+        if checker is None:
             return images, None
-        if self._safety is None:
-            self._safety = SafetyChecker(self.bundle, self._sessions[SAFETY])
-        flagged = tuple(self._safety.flags(image) for image in images)
+        flagged = tuple(checker.flags(image) for image in images)
         shown = (blurred(image) if bad else image for image, bad in zip(images, flagged, strict=True))
         return tuple(shown), flagged
 
@@ -329,51 +314,3 @@ def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
     if settings.variation_seed is None:
         return {"seed": settings.seed + index, "variation_seed": None}
     return {"seed": settings.seed, "variation_seed": settings.variation_seed + index}
-
-
-def _guide(denoiser: Denoiser, settings: Settings) -> None:
-    """Write the weights of the guidance branches."""
-    scale = settings.guidance_scale
-    denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
-    if denoiser.guidance_rescale is not None:
-        denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
-
-
-def _denoise(
-    denoiser: Denoiser,
-    table: Table,
-    streams: list[Noise],
-    kept: Kept | None,
-    callback: Callback | None,
-    previewer: Previewer | None,
-) -> None:
-    total = len(table.timesteps)
-    draws = Draws(streams)
-    for row in range(total):
-        denoiser.write(table, row)
-        if table.draws[row]:
-            draws.fill(denoiser.noise, float(table.echoes[row]))
-            denoiser.push_noise()
-        denoiser.step()
-        if kept is not None and table.levels is not None:
-            denoiser.pull()
-            level = table.levels[row + 1] if row + 1 < len(table.levels) else (1.0, 0.0)
-            kept.put_back(denoiser.sample, *level)
-            denoiser.push()
-        if callback is not None:
-            denoiser.pull()
-            previews = () if previewer is None else previewer.paint(denoiser, table, row)
-            callback(Progress("denoise", row + 1, total, _seen(denoiser), previews))
-
-
-def _tell(callback: Callback | None, stage: Stage, step: int, total: int, denoiser: Denoiser) -> None:
-    if callback is not None:
-        denoiser.pull()
-        callback(Progress(stage, step, total, _seen(denoiser)))
-
-
-def _seen(denoiser: Denoiser) -> NDArray[np.float32]:
-    """The latents, which a callback must not change."""
-    sample = denoiser.sample.view()
-    sample.flags.writeable = False
-    return sample

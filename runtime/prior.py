@@ -11,6 +11,7 @@ import numpy as np
 
 from allaprima.bundle import Bundle, BundleError, Record
 from allaprima.runtime.noise import Noise
+from allaprima.runtime.result import Report
 from allaprima.runtime.samplers import Table, make_table
 from allaprima.runtime.session import Session
 from allaprima.runtime.stages import POOLED, Denoiser, Floats, not_finite
@@ -79,11 +80,12 @@ class Prior:
         table: Table,
         guidance_scale: float,
         streams: Sequence[Noise],
+        report: Report | None = None,
     ) -> Floats:
         """Embeddings [T,N,D] of T texts for N pictures, drawn from the stream of each.
 
         Each is guided away from the text `against`; None is no guidance. One draw of a stream is for all
-        texts of its picture, as diffusers has it. Raises BackendError.
+        texts of its picture, as diffusers has it. `report` is told after every step. Raises BackendError.
         """
         branches = [texts[0] if against is None else against] * (against is not None)
         count, pictures, width = len(texts), len(streams), len(self.settings.mean)
@@ -107,6 +109,9 @@ class Prior:
                 _draw(denoiser.noise, count, streams)
                 denoiser.push_noise()
             denoiser.step()
+            if report is not None:
+                denoiser.pull()
+                report("prior", row + 1, len(table.timesteps), denoiser.sample)
         denoiser.pull()
         if not np.isfinite(denoiser.sample).all():
             raise not_finite(COMPONENT, self._session.precision)

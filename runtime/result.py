@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,16 @@ from PIL.Image import Image
 
 from allaprima.runtime.micro_conditioning import MicroConditioning
 
-Stage = Literal["encode", "denoise", "decode"]
+Stage = Literal["prior", "encode", "denoise", "decode"]
 
 
 @dataclass(frozen=True)
 class Progress:
     """`step` of `total` in a stage is done.
 
-    `sample` is a read-only view of the latents [B,C,H,W], in the sampler's own space; it is overwritten by
-    later steps, so copy what is to be kept. `previews` are small pictures of what the model expects to paint,
+    `sample` is a read-only view of the latents [B,C,H,W], in the sampler's own space, or in the stage "prior"
+    of the embeddings [B,D,1,1] that are sampled there; it is overwritten by later steps, so copy what is to
+    be kept. `previews` are small pictures of what the model expects to paint,
     one for each, a pixel for each latent, if they were asked for and are due after this step; no safety
     checker has looked at them.
     """
@@ -30,6 +31,13 @@ class Progress:
     total: int
     sample: NDArray[np.float32]
     previews: tuple[Image, ...] = ()
+
+
+class Report(Protocol):
+    """Takes note of a step, and may raise to stop."""
+
+    def __call__(self, stage: Stage, step: int, total: int, sample: NDArray[np.float32]) -> None:
+        """As the fields of Progress."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,22 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What was done for one request to stay within a memory limit. Bytes are estimates: see docs/memory.md.
+
+    `peak` is the most that was held at once, `components` the most that each held, `loaded` and `unloaded`
+    are in order, `seconds` went into both.
+    """
+
+    limit: int
+    peak: int
+    components: Mapping[str, int]
+    loaded: tuple[str, ...]
+    unloaded: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Result:
     """The pictures of one request.
 
@@ -78,6 +102,7 @@ class Result:
     are sentences for the user, such as the part of a prompt that was too long. `flagged` says which pictures
     the model's safety checker flagged, and so are blurred; None if there is none, or it is switched off.
     `latents` [N,C,H,W] are in place of images where a request had the output_type "latent", else None.
+    `memory` is None where there is no memory limit.
     """
 
     images: tuple[Image, ...]
@@ -86,3 +111,4 @@ class Result:
     warnings: tuple[str, ...]
     flagged: tuple[bool, ...] | None = None
     latents: NDArray[np.float32] | None = None
+    memory: MemoryUse | None = None

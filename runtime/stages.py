@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from allaprima.bundle import BackendError, BundleError, Latent, RequestError
-from allaprima.runtime.chunks import Chunk, apply_weights
-from allaprima.runtime.memory import Block, Tensor
+from allaprima.runtime.memory import Tensor
 from allaprima.runtime.samplers import Table, idle_row
-from allaprima.runtime.session import Binding, Session
-from allaprima.runtime.tokenizer import Tokenizer
+from allaprima.runtime.session import Session
 
 Floats = NDArray[np.float32]
 
@@ -42,82 +39,6 @@ def not_finite(component: str, precision: str) -> BackendError:
         f"the {component} made values that are infinite or not-a-number, in {precision}: "
         + ("; ".join(remedies) or damaged)
     )
-
-
-class Encoded(NamedTuple):
-    """What a text encoder makes of N chunks, in its session's memory."""
-
-    states: Tensor
-    """Hidden states [N,L,D]."""
-    pooled: Tensor | None
-    """The texts' vectors [N,D'], if the graph has them."""
-    block: Block
-    """Where both lie."""
-
-    def pull(self) -> None:
-        """Bring them into their arrays."""
-        self.block.pull()
-
-
-class TextEncoder:
-    """Prompts to hidden states."""
-
-    def __init__(self, session: Session, tokenizer: Tokenizer) -> None:
-        """Raises BundleError if the manifest does not say how wide a hidden state is."""
-        width = session.outputs["last_hidden_state"].shape[-1]
-        if not isinstance(width, int):
-            raise BundleError(f"last_hidden_state of a text encoder should end in a number, not '{width}'")
-        self.tokenizer = tokenizer
-        self.condition = tokenizer.length, width
-        """The shape [L,D] of one chunk's hidden states."""
-        self._session = session
-        self._bound: dict[int, tuple[Block, Block, Binding]] = {}
-        spec = session.inputs.get("layer_weights")
-        self._states = None if spec is None else int(spec.shape[1])
-
-    @property
-    def layers(self) -> int | None:
-        """The number of layers, up to which `encode` can skip; None if the graph was exported without."""
-        return None if self._states is None else self._states - 1
-
-    def encode(self, chunks: Sequence[Chunk], skips: Sequence[int]) -> Encoded:
-        """Hidden states of chunks, weighted; valid until the next call.
-
-        `skips` are the last layers to leave out for each chunk; all 0 if `layers` is None. Raises
-        BackendError.
-        """
-        given, made, binding = self._bind(len(chunks))
-        given.tensors["input_ids"].array[...] = [chunk.ids for chunk in chunks]
-        if self._states is not None:
-            layer_weights = given.tensors["layer_weights"].array
-            layer_weights[...] = 0
-            layer_weights[range(len(skips)), [self._states - 1 - skip for skip in skips]] = 1
-        given.push()
-        binding.run()
-        hidden = made.tensors["last_hidden_state"]
-        if any(chunk.weights is not None for chunk in chunks):
-            made.pull()
-            for states, chunk in zip(hidden.array, chunks, strict=True):
-                if chunk.weights is not None:
-                    apply_weights(states, chunk.weights)
-            made.push()
-        return Encoded(hidden, made.tensors.get(POOLED), made)
-
-    def close(self) -> None:
-        """Drop all bindings; the session is the caller's to close."""
-        self._bound.clear()
-
-    def _bind(self, count: int) -> tuple[Block, Block, Binding]:
-        if count not in self._bound:
-            given, made = (
-                self._session.memory.allocate(
-                    {name: (spec.resolve({"B": count}), spec.dtype) for name, spec in specs.items()}
-                )
-                for specs in (self._session.inputs, self._session.outputs)
-            )
-            binding = self._session.bind({**given.tensors, **made.tensors})
-            self._bound[count] = given, made, binding
-        return self._bound[count]
 
 
 class Encoder:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from allaprima.bundle import BackendError, Component, EngineFile, Profile, RequestError, TensorSpec
+from allaprima.runtime.footprint import Footprint, stored
 from allaprima.runtime.memory import HOST, Memory, Tensor, on_host
 from allaprima.runtime.session import check_names, check_tensors
 
@@ -57,6 +58,7 @@ def open_session(
     precision: str | None,
     threads: int | None,
     engines: Sequence[EngineFile],
+    memory_limit: int | None,
 ) -> OpenvinoSession:
     """Compile a graph, or import compiled models; `backends.open_session` says the rest."""
     chosen = precision or precisions()[0]
@@ -76,7 +78,21 @@ def open_session(
     models = [Model(file.profiles, functools.partial(load, file.path)) for file in engines]
     if all(file.profiles for file in engines):
         models.append(Model((), functools.partial(load, None)))
-    return OpenvinoSession(models, component, precision=chosen, where=str(graph))
+    return OpenvinoSession(
+        models, component, precision=chosen, where=str(graph), lazy=memory_limit is not None
+    )
+
+
+def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+    """Measured: a compiled model keeps the graph's weights, and a copy in the order its kernels want.
+
+    What is stored in fp16 becomes fp32 in both; bf16 stays. Of an engine, the first half is mapped.
+    """
+    if engines:
+        weights = 2 * max(file.path.stat().st_size for file in engines)
+    else:
+        weights = stored(graph) * (4 if component.precision == "fp16" else 2)
+    return Footprint(weights, weights)
 
 
 def import_engine(path: Path, properties: Mapping[str, Any]) -> Any:
@@ -162,19 +178,27 @@ class OpenvinoSession:
     """See Session.
 
     Of several models, a binding takes the first that serves its shapes. Each holds its own copy of the
-    weights, so none is loaded before a binding needs it, but for an only one.
+    weights, so none is loaded before a binding needs it, but for an only one, unless `lazy`.
     """
 
     memory: Memory = HOST
 
-    def __init__(self, models: Sequence[Model], component: Component, *, precision: str, where: str) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        component: Component,
+        *,
+        precision: str,
+        where: str,
+        lazy: bool = False,
+    ) -> None:
         self.precision = precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
         self._models: Sequence[Model] | None = models
         self._where = where
         self._compiled: dict[int, Any] = {}
-        if len(models) == 1:
+        if len(models) == 1 and not lazy:
             self._load(0, models[0])
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OpenvinoBinding:

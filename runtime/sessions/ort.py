@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from allaprima.bundle import BackendError, Component, EngineFile, Profile, TensorSpec
+from allaprima.runtime.footprint import Footprint, stored
 from allaprima.runtime.memory import HOST, Memory, Tensor
 from allaprima.runtime.session import check_names, check_tensors
 
@@ -41,10 +42,20 @@ def open_session(
     precision: str | None,
     threads: int | None,
     engines: Sequence[EngineFile],
+    memory_limit: int | None,
 ) -> OrtSession:
     """Load a graph, or the optimised graph among `engines`; `backends.open_session` says the rest."""
     _check_precision(graph, component, precision)
-    return OrtSession(engines[0].path if engines else graph, component, threads=threads)
+    path = engines[0].path if engines else graph
+    return OrtSession(path, component, threads=threads, lazy=memory_limit is not None)
+
+
+def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+    """Measured: one copy of the weights, which is fp32 where the graph is fp16."""
+    weights = stored(engines[0].path if engines else graph)
+    if not engines and component.precision == "fp16":
+        weights *= 2
+    return Footprint(weights, weights)
 
 
 def compile_engine(
@@ -81,19 +92,30 @@ def _check_precision(graph: Path, component: Component, precision: str | None) -
 
 
 class OrtSession:
-    """See Session. `spinning` lets idle threads poll for work: faster alone, a nuisance to neighbours."""
+    """See Session. `lazy`: nothing is loaded before the first binding.
+
+    `spinning` lets idle threads poll for work: faster alone, a nuisance to neighbours.
+    """
 
     memory: Memory = HOST
 
     def __init__(
-        self, path: Path, component: Component, *, threads: int | None = None, spinning: bool = True
+        self,
+        path: Path,
+        component: Component,
+        *,
+        threads: int | None = None,
+        spinning: bool = True,
+        lazy: bool = False,
     ) -> None:
         options = session_options(threads)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
-        self._opened = Reopened(lambda: open_graph(path, component, options, ["CPUExecutionProvider"]))
+        self._opened = Reopened(
+            lambda: open_graph(path, component, options, ["CPUExecutionProvider"]), lazy=lazy
+        )
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OrtBinding:
         """See Session.bind."""
@@ -111,11 +133,14 @@ class OrtSession:
 
 
 class Reopened:
-    """An onnxruntime.InferenceSession that is opened at once, and again when it is needed after `unload`."""
+    """An onnxruntime.InferenceSession that is opened at once, and again when it is needed after `unload`.
 
-    def __init__(self, opens: Callable[[], Any]) -> None:
+    `lazy` leaves out the first time.
+    """
+
+    def __init__(self, opens: Callable[[], Any], *, lazy: bool = False) -> None:
         self._opens: Callable[[], Any] | None = opens
-        self._session = opens()
+        self._session = None if lazy else opens()
 
     def get(self) -> Any:
         """The session. Raises BackendError after `close`, or if it cannot be opened again."""

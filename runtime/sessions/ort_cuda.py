@@ -13,6 +13,7 @@ from typing import Any
 
 from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
+from allaprima.runtime.footprint import Footprint, stored
 from allaprima.runtime.memory import Memory, Tensor
 from allaprima.runtime.session import check_tensors
 from allaprima.runtime.sessions.gpu_driver import GpuDriver, check_precision
@@ -52,10 +53,15 @@ class OrtGpuDriver(GpuDriver):
         precision: str | None,
         threads: int | None,
         engines: Sequence[EngineFile],
+        memory_limit: int | None,
     ) -> OrtCudaSession:
         """Load a graph; `backends.open_session` says the rest."""
         check_precision("onnxruntime", component, precision)
-        return OrtCudaSession(graph, component, default_gpu(), self)
+        return OrtCudaSession(graph, component, default_gpu(), self, lazy=memory_limit is not None)
+
+    def footprint(self, graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+        """One copy of the weights; not measured yet."""
+        return Footprint(stored(graph), stored(graph))
 
     def open_graph(self, path: Path, component: Component, gpu: Gpu, *, graphs: bool) -> Any:
         """An onnxruntime.InferenceSession, with the CPU for what the provider leaves if `graphs` is off."""
@@ -132,7 +138,9 @@ class OrtCudaSession:
     where ONNX Runtime can (`captures`); it cannot for graphs of which it places nodes on the CPU.
     """
 
-    def __init__(self, path: Path, component: Component, gpu: Gpu, driver: OrtGpuDriver) -> None:
+    def __init__(
+        self, path: Path, component: Component, gpu: Gpu, driver: OrtGpuDriver, *, lazy: bool = False
+    ) -> None:
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
@@ -140,7 +148,7 @@ class OrtCudaSession:
         self.captures = True
         self._gpu = gpu
         self._numbers = itertools.count()
-        self._opened = Reopened(lambda: self._open(path, component, driver))
+        self._opened = Reopened(lambda: self._open(path, component, driver), lazy=lazy)
 
     def _open(self, path: Path, component: Component, driver: OrtGpuDriver) -> Any:
         if self.captures:

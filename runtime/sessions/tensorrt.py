@@ -29,10 +29,18 @@ class TensorrtSession:
         component: as in the manifest.
         gpu: where to run.
         module: `tensorrt` or `tensorrt_rtx`.
+        memory_limit: bytes of device memory that a plan which can stream its weights keeps below. What does
+            not fit stays in the host's memory and is copied with every run.
     """
 
     def __init__(
-        self, plans: Sequence[EngineFile], component: Component, gpu: Gpu, module: TensorrtModule
+        self,
+        plans: Sequence[EngineFile],
+        component: Component,
+        gpu: Gpu,
+        module: TensorrtModule,
+        *,
+        memory_limit: int | None = None,
     ) -> None:
         self.precision = component.precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
@@ -41,6 +49,7 @@ class TensorrtSession:
         self._plans: Sequence[EngineFile] | None = plans
         self._name = component.graph
         self._gpu = gpu
+        self._limit = memory_limit
         self._module: TensorrtModule = module
         self._log = Log()
         self._runtime: Runtime = module.Runtime(self._log.listener(module))
@@ -88,8 +97,17 @@ class TensorrtSession:
                 raise BackendError(f"{path} cannot be loaded: {why}. Build it again")
             names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
             check_names([*self.inputs, *self.outputs], names, str(path))
+            self._stream(engine, len(plan))
             self._engines[path] = engine
         return self._engines[path]
+
+    def _stream(self, engine: Engine, size: int) -> None:
+        """Before there is a context: let weights that do not fit into the limit stay with the host."""
+        if self._limit is None or not (streamable := engine.streamable_weights_size):
+            return
+        engine.weight_streaming_budget_v2 = 0  # the need for scratch memory depends on it
+        rest = size - streamable + engine.device_memory_size_v2 + engine.weight_streaming_scratch_memory_size
+        engine.weight_streaming_budget_v2 = max(0, min(streamable, self._limit - rest))
 
     def _diagnose(self, plan: bytes) -> str:
         """What TensorRT-RTX has against a plan, from its header; "" if it is something else, or TensorRT."""

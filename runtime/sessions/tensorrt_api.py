@@ -143,6 +143,21 @@ class Engine(Protocol):
     def refittable(self) -> bool:
         """Whether the weights may be changed."""
 
+    @property
+    def streamable_weights_size(self) -> int:
+        """Bytes of weights that can be streamed, 0 if it was not built for that."""
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        """Bytes of activation memory that the largest of all profiles needs, with the present budget."""
+
+    @property
+    def weight_streaming_scratch_memory_size(self) -> int:
+        """Bytes of device memory that streaming itself takes, with the present budget."""
+
+    weight_streaming_budget_v2: int
+    """Bytes of the streamable weights that stay on the device: all of them, unless set before any context."""
+
     def get_tensor_name(self, index: int) -> str:
         """The name of an input or output, by its index."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from allaprima.bundle import BackendError, Component, EngineFile
 from allaprima.runtime import flavours
 from allaprima.runtime.cuda import default_gpu
+from allaprima.runtime.footprint import Footprint
 from allaprima.runtime.sessions.gpu_driver import GpuDriver, check_precision
 from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
@@ -43,6 +44,7 @@ class TensorrtDriver(GpuDriver):
         precision: str | None,
         threads: int | None,
         engines: Sequence[EngineFile],
+        memory_limit: int | None,
     ) -> TensorrtSession:
         """Make ready to load engines; `backends.open_session` says the rest."""
         role = graph.parent.name
@@ -52,7 +54,15 @@ class TensorrtDriver(GpuDriver):
                 f"{self.name} {self.version()} has no engine of {role} for {self.device()}: "
                 f"allaprima build --backend {self.name}"
             )
-        return TensorrtSession(engines, component, default_gpu(), flavours.load(self.name))
+        return TensorrtSession(
+            engines, component, default_gpu(), flavours.load(self.name), memory_limit=memory_limit
+        )
+
+    def footprint(self, graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+        """The largest engine's size, nearly all of which is weights; what it can stream, it can leave out."""
+        largest = max(engines, key=lambda file: file.path.stat().st_size, default=None)
+        weights = 0 if largest is None else largest.path.stat().st_size
+        return Footprint(weights, 0 if largest is not None and largest.streams else weights)
 
 
 TENSORRT = TensorrtDriver("tensorrt")

@@ -91,7 +91,7 @@ def learned(
     bundle = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, scheduler=scheduler))
     with Pipeline.open(tiny_bundle.folder, backend=backend, precision="fp32", threads=1) as opened:
         session = open_session(*learned_denoiser, backend, precision="fp32", threads=1)
-        yield Pipeline(bundle, {**vars(opened)["_sessions"], "denoiser": session}, backend=backend)
+        yield Pipeline(bundle, {**vars(opened)["_components"].sessions, "denoiser": session}, backend=backend)
         session.close()
 
 

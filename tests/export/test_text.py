@@ -116,7 +116,7 @@ def test_guidance_rescale(
     manifest = pipeline.bundle.manifest
     manifest = replace(manifest, scheduler={**manifest.scheduler, "prediction_type": prediction})
     bundle = replace(pipeline.bundle, manifest=manifest)
-    other = Pipeline(bundle, vars(pipeline)["_sessions"], backend=pipeline.backend)
+    other = Pipeline(bundle, vars(pipeline)["_components"].sessions, backend=pipeline.backend)
     prompt = {"prompt": "a red circle", "negative_prompt": "dark"}
     wanted = paint(reference, **prompt, guidance_rescale=0.7, **SETTINGS)
     without = paint(reference, **prompt, **SETTINGS)

@@ -218,8 +218,10 @@ def sides(height: int, width: int) -> dict[str, tuple[int, int, int]]:
     return {"H": (height, height, height), "W": (width, width, width)}
 
 
-def open_pipeline(bundle: Bundle, gpu: LazyGpu, folder: Path, *, capturable: bool = True) -> Pipeline:
-    """Engines for 64 x 32 and 32 x 64 pixels, the latter in a plan of its own."""
+def open_pipeline(
+    bundle: Bundle, gpu: LazyGpu, folder: Path, *, capturable: bool = True, **options: Any
+) -> Pipeline:
+    """Engines for 64 x 32 and 32 x 64 pixels, the latter in a plan of its own. Every text is encoded."""
     branches = {"G": (1, 2, 2)}
     plans = {
         "text_encoder": [write_plan(bundle, "text_encoder", folder, {"B": (1, 2, 2)})],
@@ -243,7 +245,7 @@ def open_pipeline(bundle: Bundle, gpu: LazyGpu, folder: Path, *, capturable: boo
     sessions = {
         role: TensorrtSession(each, bundle.component(role), gpu, module) for role, each in plans.items()
     }
-    return Pipeline(bundle, sessions, backend="tensorrt")
+    return Pipeline(bundle, sessions, backend="tensorrt", **{"embedding_cache": 0, **options})
 
 
 def pixels(result: Any) -> list[bytes]:

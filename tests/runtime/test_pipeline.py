@@ -295,7 +295,7 @@ def test_automatic_backend(bundle: Bundle) -> None:
 def test_closed(bundle: Bundle) -> None:
     pipeline = Pipeline.open(bundle.folder, backend="ort", threads=1)
     pipeline.generate(PROMPT)
-    opened = [vars(session)["_opened"] for session in vars(pipeline)["_sessions"].values()]
+    opened = [vars(session)["_opened"] for session in vars(pipeline)["_components"].sessions.values()]
     graphs = [weakref.ref(each.get()) for each in opened]
     assert all(graph() for graph in graphs)
     pipeline.close()

@@ -118,7 +118,7 @@ def test_what_the_graph_cannot_do(ort: Pipeline) -> None:
 
 
 def test_graph_of_another_version(ort: Pipeline) -> None:
-    session = vars(ort)["_sessions"]["denoiser"]
+    session = vars(ort)["_components"].sessions["denoiser"]
     with pytest.raises(BundleError, match=r"8 columns, not 7.*export the checkpoint again"):
         Denoiser(session, (1, 4, 8, 4), branches=1, history=3, length=77)
 

@@ -1,0 +1,75 @@
+"""How much memory the parts of a pipeline take, as far as it can be known beforehand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from allaprima.bundle import BackendError
+from allaprima.runtime.memory import Tensor
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{infix}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for infix, base in (("", 1000), ("I", 1024))
+}
+PER_PIXEL = 5200
+"""Bytes of activations of an autoencoder for each pixel; see docs/memory.md for what was measured."""
+PER_LATENT = 60_000
+"""Bytes of activations of a denoiser for each latent pixel, lane and guidance branch."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a component's weights once it has run, and the `least` it runs with.
+
+    The two differ where weights can be streamed.
+    """
+
+    weights: int
+    least: int
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A number of bytes, or a text such as "8GB" (10^9) or "8GiB" (2^30); BackendError naming the option."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value, re.IGNORECASE)
+        unit = None if found is None else _UNITS.get(found[2].upper())
+        count = None if found is None or unit is None else int(float(found[1]) * unit)
+    else:
+        count = value if type(value) is int else None
+    if count is None or count < 0:
+        raise BackendError(f"{name} is {value!r}: give bytes, or a text such as '8GB' or '8GiB'")
+    return count
+
+
+def show_bytes(count: int) -> str:
+    """A number of bytes for a message, in decimal units, rounded up so that it is enough."""
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            tenths = -(-count // 10 ** (power - 1))
+            return f"{tenths // 10}.{tenths % 10} {unit}"
+    return f"{count} B"
+
+
+def stored(graph: Path) -> int:
+    """Bytes of a graph with the files beside it, which hold its weights."""
+    return sum(path.stat().st_size for path in graph.parent.iterdir() if path.is_file())
+
+
+def activations(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that a run takes beside the weights: the bound tensors, and a share for each pixel of them.
+
+    It is known for the autoencoders' graphs ("image") and for denoisers ("guidance"), others take next to
+    nothing: texts are short.
+    """
+    total = sum(tensor.array.nbytes for tensor in tensors.values())
+    if "image" in tensors:
+        return total + PER_PIXEL * (tensors["image"].array.size // 3)
+    if "guidance" in tensors and "sample" in tensors:
+        lanes, _, height, width = tensors["sample"].array.shape
+        count: int = tensors["guidance"].array.shape[0] * lanes * height * width
+        return total + PER_LATENT * count
+    return total

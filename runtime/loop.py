@@ -1,0 +1,75 @@
+"""The denoising loop, and what a callback is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allaprima.runtime.inpainting import Kept
+from allaprima.runtime.noise import Draws, Noise
+from allaprima.runtime.preview import Previewer
+from allaprima.runtime.result import Progress, Report, Stage
+from allaprima.runtime.samplers import Table
+from allaprima.runtime.settings import Settings
+from allaprima.runtime.stages import Denoiser
+
+Callback = Callable[[Progress], None]
+
+
+def guide(denoiser: Denoiser, settings: Settings) -> None:
+    """Write the weights of the guidance branches."""
+    scale = settings.guidance_scale
+    denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
+    if denoiser.guidance_rescale is not None:
+        denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0
+
+
+def denoise(
+    denoiser: Denoiser,
+    table: Table,
+    streams: list[Noise],
+    kept: Kept | None,
+    callback: Callback | None,
+    previewer: Previewer | None,
+) -> None:
+    """Take all steps of a table. `streams` are the pictures' noise, `kept` is what a mask keeps."""
+    total = len(table.timesteps)
+    draws = Draws(streams)
+    for row in range(total):
+        denoiser.write(table, row)
+        if table.draws[row]:
+            draws.fill(denoiser.noise, float(table.echoes[row]))
+            denoiser.push_noise()
+        denoiser.step()
+        if kept is not None and table.levels is not None:
+            denoiser.pull()
+            level = table.levels[row + 1] if row + 1 < len(table.levels) else (1.0, 0.0)
+            kept.put_back(denoiser.sample, *level)
+            denoiser.push()
+        if callback is not None:
+            denoiser.pull()
+            previews = () if previewer is None else previewer.paint(denoiser, table, row)
+            callback(Progress("denoise", row + 1, total, _seen(denoiser.sample), previews))
+
+
+def tell(callback: Callback | None, stage: Stage, step: int, total: int, denoiser: Denoiser) -> None:
+    """Tell a callback, if there is one, with the present latents."""
+    if callback is not None:
+        denoiser.pull()
+        callback(Progress(stage, step, total, _seen(denoiser.sample)))
+
+
+def reporter(callback: Callback | None) -> Report | None:
+    """What tells a callback of steps before there are latents; None if there is no callback."""
+    if callback is None:
+        return None
+    return lambda stage, step, total, sample: callback(Progress(stage, step, total, _seen(sample)))
+
+
+def _seen(sample: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The latents, which a callback must not change."""
+    sample = sample.view()
+    sample.flags.writeable = False
+    return sample

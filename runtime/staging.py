@@ -1,0 +1,76 @@
+"""The stages of a pipeline, kept from one request to the next of the same shape, for their buffers."""
+
+from __future__ import annotations
+
+from allaprima.bundle import Bundle, RequestError
+from allaprima.runtime.components import Components
+from allaprima.runtime.safety import COMPONENT as SAFETY
+from allaprima.runtime.safety import SafetyChecker
+from allaprima.runtime.settings import Settings
+from allaprima.runtime.stages import Decoder, Denoiser, Encoder
+
+DECODER, ENCODER = "vae_decoder", "vae_encoder"
+
+
+class Staging:
+    """Makes the stages over a pipeline's components, each when it is first asked for."""
+
+    def __init__(self, bundle: Bundle, components: Components) -> None:
+        self._bundle, self._components = bundle, components
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of all of them."""
+        self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
+        self._decoder: tuple[object, Decoder] | None = None
+        self._encoder: tuple[object, Encoder] | None = None
+        self._safety: SafetyChecker | None = None
+
+    def denoiser(self, settings: Settings, length: int) -> Denoiser:
+        """The denoiser of the request's shape, for `length` tokens. Raises BackendError or RequestError."""
+        manifest = self._bundle.manifest
+        latent = manifest.latent
+        height, width = settings.height // latent.downscale, settings.width // latent.downscale
+        shape = (settings.num_images, latent.channels, height, width)
+        key = (shape, settings.branches, length)
+        if self._denoiser is None or self._denoiser[0] != key:
+            self._denoiser = None  # first, so that the old and the new buffers never exist together
+            denoiser = Denoiser(
+                self._components.sessions["denoiser"],
+                shape,
+                branches=settings.branches,
+                history=manifest.history,
+                length=length,
+            )
+            self._denoiser = key, denoiser
+        return self._denoiser[1]
+
+    def encoder(self, settings: Settings) -> Encoder:
+        """The image encoder of the request's size; the graph is opened when it is first needed.
+
+        Raises BackendError or RequestError.
+        """
+        session = self._components.open(ENCODER)
+        if session is None:
+            raise RequestError("this pipeline was made without a vae_encoder: it takes no picture")
+        key = settings.height, settings.width
+        if self._encoder is None or self._encoder[0] != key:
+            self._encoder = None
+            self._encoder = key, Encoder(session, self._bundle.manifest.latent, *key)
+        return self._encoder[1]
+
+    def decoder(self, settings: Settings) -> Decoder:
+        """The decoder of the request's size. Raises BackendError or RequestError."""
+        key = settings.height, settings.width
+        if self._decoder is None or self._decoder[0] != key:
+            self._decoder = None
+            session = self._components.sessions[DECODER]
+            self._decoder = key, Decoder(session, self._bundle.manifest.latent, *key)
+        return self._decoder[1]
+
+    def safety(self) -> SafetyChecker | None:
+        """The safety checker; None if there is none, or it is switched off. Raises BackendError."""
+        session = self._components.sessions.get(SAFETY)
+        if session is not None and self._safety is None:
+            self._safety = SafetyChecker(self._bundle, session)
+        return self._safety
