@@ -8,6 +8,7 @@ from typing import Protocol
 
 from allaprima.bundle import Bundle, BundleError, Manifest, RequestError
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
+from allaprima.runtime.hint import COMPONENT as HINTS
 from allaprima.runtime.kandinsky import Kandinsky
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
@@ -108,8 +109,10 @@ class _Texts:
         self.conditioning.write(self.encoders, denoiser, self.session.memory, self.settings)
 
 
-_FAMILIES: Mapping[str, tuple[Callable[[Bundle, Mapping[str, Session]], Family], tuple[str, ...]]] = {
-    "stable-diffusion": (StableDiffusion, COMPONENTS),
+Opens = Callable[[str], Session]
+"""The session of a component that only some requests need."""
+_FAMILIES: Mapping[str, tuple[Callable[[Bundle, Mapping[str, Session], Opens], Family], tuple[str, ...]]] = {
+    "stable-diffusion": (lambda bundle, sessions, _: StableDiffusion(bundle, sessions), COMPONENTS),
     "kandinsky-2.2": (Kandinsky, (PRIOR, *COMPONENTS)),
 }
 
@@ -117,11 +120,15 @@ _FAMILIES: Mapping[str, tuple[Callable[[Bundle, Mapping[str, Session]], Family],
 def needed(manifest: Manifest) -> tuple[str, ...]:
     """The components that every picture needs; those of a family that is not known are the usual ones."""
     _, components = _FAMILIES.get(manifest.family, (None, COMPONENTS))
-    return (*manifest.tokenizers, *components)
+    hints = (HINTS,) if HINTS in manifest.components else ()
+    return (*manifest.tokenizers, *components, *hints)
 
 
-def open_family(bundle: Bundle, sessions: Mapping[str, Session]) -> Family:
-    """The family of a bundle, over opened sessions. Raises BundleError if there is none of that name."""
+def open_family(bundle: Bundle, sessions: Mapping[str, Session], opens: Opens) -> Family:
+    """The family of a bundle, over opened sessions, and what opens others when a request first needs them.
+
+    Raises BundleError if there is none of that name.
+    """
     name = bundle.manifest.family
     if name not in _FAMILIES:
         raise BundleError(
@@ -129,4 +136,4 @@ def open_family(bundle: Bundle, sessions: Mapping[str, Session]) -> Family:
             f"{' and '.join(_FAMILIES)}: upgrade allaprima"
         )
     kind, _ = _FAMILIES[name]
-    return kind(bundle, sessions)
+    return kind(bundle, sessions, opens)

@@ -62,8 +62,8 @@ class Pipeline:
     ) -> None:
         """Take over opened sessions of text encoders, denoiser and vae_decoder; `open` does it all.
 
-        `opens` opens another component when a request first needs it: the vae_encoder, for pictures that are
-        handed in.
+        `opens` opens another component when a request first needs it: the vae_encoder or the image_encoder,
+        for pictures that are handed in.
 
         Raises BundleError if the bundle is of another family or its tokenizer cannot be read.
         """
@@ -72,7 +72,7 @@ class Pipeline:
         self.precision = sessions["denoiser"].precision
         self._sessions = dict(sessions)
         self._opens = opens
-        self._family = open_family(bundle, sessions)
+        self._family = open_family(bundle, sessions, self._session)
         self._safety: SafetyChecker | None = None
         self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
         self._decoder: tuple[object, Decoder] | None = None
@@ -274,16 +274,20 @@ class Pipeline:
         return self._denoiser[1]
 
     def _picture_encoder(self, settings: Settings) -> Encoder:
-        """The image encoder of the request's size; the graph is loaded when it is first needed."""
-        if ENCODER not in self._sessions:
-            if self._opens is None:
-                raise RequestError("this pipeline was made without a vae_encoder: it takes no picture")
-            self._sessions[ENCODER] = self._opens(ENCODER)
+        """The image encoder of the request's size."""
         key = settings.height, settings.width
         if self._encoder is None or self._encoder[0] != key:
             self._encoder = None
-            self._encoder = key, Encoder(self._sessions[ENCODER], self.bundle.manifest.latent, *key)
+            self._encoder = key, Encoder(self._session(ENCODER), self.bundle.manifest.latent, *key)
         return self._encoder[1]
+
+    def _session(self, role: str) -> Session:
+        """A component that only some requests need, loaded when one first does."""
+        if role not in self._sessions:
+            if self._opens is None:
+                raise RequestError(f"this pipeline was made without a {role}: it takes no picture")
+            self._sessions[role] = self._opens(role)
+        return self._sessions[role]
 
     def _decode(
         self, denoiser: Denoiser, settings: Settings, callback: Callback | None
@@ -316,7 +320,7 @@ class Pipeline:
         given = {name: value for name, value in vars(settings).items() if name in known}
         chosen = {"sampler": table.sampler, "sampling": settings.sampling.to_json()}
         return Parameters(
-            **{**given, **_seeds(settings, index), **chosen},
+            **{**given, **_seeds(settings, index), **chosen, **settings.prior.describe()},
             bundle=self.bundle.manifest.name,
             backend=self.backend,
             precision=self.precision,
