@@ -35,7 +35,7 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
         metavar="WHAT=WEIGHT",
         type=_parse_item,
         action="append",
-        help="in place of PROMPT: a text or a picture's file, as 'a cat=0.3' or photo.png=0.7; may be repeated",
+        help="in place of PROMPT: a text or a picture's file, as 'a cat=0.3' or a.png=0.7; may be repeated",
     )
     group.add_argument(
         "--prior-negative-prompt", metavar="TEXT", help="with --mix: what the prior stays away from"

@@ -241,6 +241,9 @@ def write_tiny_kandinsky(folder: Path, *, kind: str = "KandinskyV22Pipeline", **
             norm_type="spatial",
         ),
     }
+    for layer in models["unet"].add_embedding.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # of a hint, which would fade away in a new model
+            torch.nn.init.normal_(layer.weight, std=1.6 / layer.weight[0].numel() ** 0.5)
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False
     )
