@@ -146,13 +146,13 @@ class Manifest(Record):
     """The whole contract between export, build and run.
 
     `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder, and in
-    larger models text_encoder_2; of "kandinsky-2.2" also prior, with prior/settings.json. `precision` is
-    the denoiser's; each component has its own. `tokenizers` belong to the text encoders, under the same
-    names. `zero_negative`: no negative prompt means a condition of zeros, not that of an empty text.
-    `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the number of earlier
-    predictions that the denoiser takes. `preview` is None where the autoencoder's latents are not finite.
-    `versions` says what made it. `files` lists every file but bundle.json, by its path with `/`; a
-    `BundleWriter` fills it in.
+    larger models text_encoder_2; of "kandinsky-2.2" also prior, with prior/settings.json, image_encoder,
+    likewise, if it was asked for, and hint_encoder if the denoiser takes hints. `precision` is the
+    denoiser's; each component has its own. `tokenizers` belong to the text encoders, under the same names.
+    `zero_negative`: no negative prompt means a condition of zeros, not that of an empty text. `scheduler` is
+    diffusers' scheduler_config.json as it is. `history` is S, the number of earlier predictions that the
+    denoiser takes. `preview` is None where the autoencoder's latents are not finite. `versions` says what
+    made it. `files` lists every file but bundle.json, by its path with `/`; a `BundleWriter` fills it in.
     """
 
     schema: int

@@ -46,6 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prior", metavar="CHECKPOINT", help="of a Kandinsky decoder: the folder or hub id of its prior"
     )
+    parser.add_argument(
+        "--image-encoder",
+        action="store_true",
+        help="of Kandinsky: put the prior's image encoder into the bundle too, for --mix with pictures and "
+        "--prior-image",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 
@@ -70,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
             thresholding=options.thresholding,
             usage=Usage(options.preset, options.steps, options.guidance),
             prior=options.prior,
+            image_encoder=options.image_encoder,
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:

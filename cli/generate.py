@@ -17,6 +17,7 @@ from allaprima.cli.output import (
     progress_bar,
     show_bytes,
 )
+from allaprima.cli.prior import add_prior, read_prior
 from allaprima.cli.sampling import add_sampling, read_sampling
 from allaprima.cli.xl import add_xl, for_refiner, joined, read_xl
 
@@ -30,15 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "bundle",
         metavar="BUNDLE",
         nargs="?",
-        default="shapes",
         help="a folder or a built-in name (default: shapes)",
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="what to paint")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to paint; left out with --mix")
     _add_painting(parser)
     _add_pictures(parser)
     add_sampling(parser)
     add_xl(parser)
-    _add_prior(parser)
+    add_prior(parser)
     parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="see: allaprima doctor (default: auto)"
     )
@@ -107,15 +107,6 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_prior(parser: argparse.ArgumentParser) -> None:
-    """For models whose prompt becomes the embedding of a picture first."""
-    group = parser.add_argument_group("of Kandinsky")
-    group.add_argument("--prior-steps", metavar="N", type=int, help="steps of the prior, 2 or more (25)")
-    group.add_argument(
-        "--prior-guidance", metavar="SCALE", type=float, help="how strictly it follows the prompt (4)"
-    )
-
-
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     """What to begin with."""
     parser.add_argument(
@@ -138,6 +129,7 @@ def run(options: argparse.Namespace) -> None:
     """Paint, save, and say where."""
     from allaprima.runtime import Pipeline, check_writable, save_image, save_preview
 
+    _settle_bundle(options)
     paths = _name_outputs(Path(options.output), options.num_images)
     every, small = _previews(options)
     for path in (*paths, *small):
@@ -172,6 +164,14 @@ def run(options: argparse.Namespace) -> None:
     _tell(options, paths, result)
 
 
+def _settle_bundle(options: argparse.Namespace) -> None:
+    """Beside a mix, which is in place of the prompt, a single word is the bundle."""
+    if options.bundle is None and options.mix:
+        options.bundle, options.prompt = options.prompt, ""
+    elif options.bundle is None:
+        options.bundle = "shapes"
+
+
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the request."""
     width, height = options.size
@@ -197,17 +197,8 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "mask": options.mask,
         "sampling": read_sampling(options),
         **read_xl(options),
-        **_read_prior(options),
+        **read_prior(options),
     }
-
-
-def _read_prior(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given for the prior."""
-    given = {
-        "prior_num_inference_steps": options.prior_steps,
-        "prior_guidance_scale": options.prior_guidance,
-    }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _show_memory(memory: MemoryUse) -> str:

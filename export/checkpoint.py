@@ -50,6 +50,7 @@ def export_checkpoint(
     thresholding: bool = False,
     usage: Usage | None = None,
     prior: str | None = None,
+    image_encoder: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2, to a bundle.
@@ -66,6 +67,8 @@ def export_checkpoint(
             the checkpoint's own scheduler does not ask for it.
         usage: the defaults that pictures are painted with; None is the checkpoint's own.
         prior: of Kandinsky, the folder or hub id of the prior if `source` is the decoder alone.
+        image_encoder: of Kandinsky, put the prior's image encoder into the bundle too, for requests that hand
+            in pictures to be mixed or to begin the prior with.
         progress: called before each stage.
 
     Raises:
@@ -78,17 +81,29 @@ def export_checkpoint(
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
     ):
-        read = _read(checkpoint, None if prior is None else open_checkpoint(prior), thresholding=thresholding)
+        read = _read(
+            checkpoint,
+            None if prior is None else open_checkpoint(prior),
+            thresholding=thresholding,
+            image_encoder=image_encoder,
+        )
         family = (usage or Usage()).apply(read)
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
-def _read(checkpoint: Checkpoint, prior: Checkpoint | None, *, thresholding: bool) -> Family:
+def _read(
+    checkpoint: Checkpoint, prior: Checkpoint | None, *, thresholding: bool, image_encoder: bool
+) -> Family:
     """The checkpoint as what its pipeline says it is."""
     if kandinsky.knows(checkpoint.pipeline):
-        return kandinsky.read_family(checkpoint, prior, thresholding=thresholding)
-    if prior is not None:
-        raise ExportError(f"the checkpoint is a {checkpoint.pipeline}, which takes no prior: leave it out")
+        return kandinsky.read_family(
+            checkpoint, prior, thresholding=thresholding, image_encoder=image_encoder
+        )
+    for what, given in (("prior", prior is not None), ("image encoder", image_encoder)):
+        if given:
+            raise ExportError(
+                f"the checkpoint is a {checkpoint.pipeline}, which takes no {what}: leave it out"
+            )
     return read_family(checkpoint, thresholding=thresholding)
 
 

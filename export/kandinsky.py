@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from allaprima.bundle import ExportError, Latent, TensorSpec
+from allaprima.export import hint, vision
 from allaprima.export.configuration import levels, read_defaults, read_scheduler, read_tokenizer, whole
 from allaprima.export.encoders import ImageDecoder, QuantizedEncoder
 from allaprima.export.family import Family, TextModel
@@ -22,7 +23,8 @@ from allaprima.export.update import THRESHOLDING, VARIANCE
 from allaprima.export.weights import open_weights
 
 _TASKS = ("", "Img2Img", "Inpaint")
-DECODERS = tuple(f"KandinskyV22{task}Pipeline" for task in _TASKS)
+_DEPTH = ("Controlnet", "ControlnetImg2Img")
+DECODERS = tuple(f"KandinskyV22{task}Pipeline" for task in (*_TASKS, *_DEPTH))
 COMBINED = tuple(f"KandinskyV22{task}CombinedPipeline" for task in _TASKS)
 PRIORS = ("KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline")
 STEPS, GUIDANCE = 100, 4.0
@@ -35,36 +37,49 @@ class Kandinsky(Family):
     """A decoder's checkpoint with its prior's.
 
     `prior_scheduler` is that of the embedding's steps, `embedding` D, the width of what a picture is to CLIP.
+    `image_encoder`: the bundle gets CLIP's image encoder too.
     """
 
     prior: Checkpoint | None = None
     prior_scheduler: Mapping[str, Any] | None = None
     embedding: int = 0
+    image_encoder: bool = False
 
     name: ClassVar[str] = "kandinsky-2.2"
 
     def plans(self, dtype: torch.dtype) -> Mapping[str, Callable[[], GraphPlan]]:
-        """As of Family, with the prior after the text encoder."""
+        """As of Family, with the prior after the text encoder, and the encoders of pictures and hints."""
         (text, encode), *rest = super().plans(dtype).items()
-        return {text: encode, "prior": lambda: self._prior(dtype), **dict(rest)}
+        plans: dict[str, Callable[[], GraphPlan]] = {text: encode, "prior": lambda: self._prior(dtype)}
+        if self.image_encoder:
+            plans[vision.PART] = lambda: vision.plan(self._prior_checkpoint, dtype)
+        if hint.EMBEDS in self.conditions:
+            plans[hint.PART] = lambda: hint.plan(self.checkpoint.load("unet", dtype))
+        return plans | dict(rest)
 
     def write_files(self, folder: Path) -> None:
         """As of Family, and the prior's settings with the embedding of nothing."""
         super().write_files(folder)
-        assert self.prior is not None
+        prior = self._prior_checkpoint
+        if self.image_encoder:
+            vision.write_settings(prior, folder / vision.PART / "settings.json")
         settings = {
             "scheduler": self.prior_scheduler,
             "num_inference_steps": PRIOR_STEPS,
             "guidance_scale": PRIOR_GUIDANCE,
-            **_read_statistics(self.prior, self.embedding),
-            "zero": _embed_zeros(self.prior, self.embedding),
+            **_read_statistics(prior, self.embedding),
+            "zero": _embed_zeros(prior, self.embedding),
         }
         path = folder / "prior" / "settings.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
-    def _prior(self, dtype: torch.dtype) -> GraphPlan:
+    @property
+    def _prior_checkpoint(self) -> Checkpoint:
         assert self.prior is not None
+        return self.prior
+
+    def _prior(self, dtype: torch.dtype) -> GraphPlan:
         text = self.texts["text_encoder"]
         conditions: dict[str, Shape] = {
             "text_embeds": ("G*B", text.pooled or 0),
@@ -72,16 +87,19 @@ class Kandinsky(Family):
         }
         return plan_step(
             "prior",
-            PriorDenoiser(self.prior.load("prior", dtype), tuple(conditions)),
+            PriorDenoiser(self._prior_checkpoint.load("prior", dtype), tuple(conditions)),
             ("B", self.embedding, 1, 1),
             {"encoder_hidden_states": ("G*B", self.length, text.width)},
             conditions,
         )
 
     def _denoiser(self, dtype: torch.dtype) -> GraphPlan:
+        unet = self.checkpoint.load("unet", dtype)
+        if hint.EMBEDS in self.conditions:
+            unet = hint.without_hint(unet)
         return plan_step(
             "denoiser",
-            ImageDenoiser(self.checkpoint.load("unet", dtype), tuple(self.conditions), self.options),
+            ImageDenoiser(unet, tuple(self.conditions), self.options),
             ("B", self.latent.channels, "H", "W"),
             {"image_embeds": ("G*B", self.embedding)},
             self.conditions,
@@ -102,11 +120,17 @@ def knows(pipeline: str) -> bool:
     return pipeline.startswith("KandinskyV22")
 
 
-def read_family(checkpoint: Checkpoint, prior: Checkpoint | None, *, thresholding: bool = False) -> Kandinsky:
+def read_family(
+    checkpoint: Checkpoint,
+    prior: Checkpoint | None,
+    *,
+    thresholding: bool = False,
+    image_encoder: bool = False,
+) -> Kandinsky:
     """Read and check the configurations of a decoder and of its prior.
 
     `prior` None is right for a combined checkpoint, which holds both. `thresholding` asks for a denoiser that
-    can threshold, even if the checkpoint's scheduler does not.
+    can threshold, even if the checkpoint's scheduler does not, `image_encoder` for the prior's image encoder.
 
     Raises:
         ExportError: one of the two is missing or another pipeline, they do not belong together, or a
@@ -138,6 +162,7 @@ def read_family(checkpoint: Checkpoint, prior: Checkpoint | None, *, thresholdin
         prior=prior,
         prior_scheduler=read_scheduler(prior, {}),
         embedding=embedding,
+        image_encoder=image_encoder,
     )
 
 
@@ -206,16 +231,22 @@ def _check_widths(unet: Mapping[str, Any], prior: Checkpoint, text: TextModel) -
 
 
 def _read_conditions(unet: Mapping[str, Any], channels: int) -> dict[str, Shape]:
-    """What the UNet takes beyond the embedding: a mask and what it leaves, if it was trained to inpaint."""
+    """What the UNet takes beyond the embedding: a mask and what it leaves, or a hint, or nothing."""
     kinds = unet.get("encoder_hid_dim_type"), unet.get("addition_embed_type")
-    if kinds != ("image_proj", "image"):
+    if kinds not in (("image_proj", "image"), ("image_proj", hint.KIND)):
         raise ExportError(
             f"the UNet has encoder_hid_dim_type {kinds[0]!r} and addition_embed_type {kinds[1]!r}: known are "
-            "'image_proj' and 'image'"
+            f"'image_proj', and 'image' or {hint.KIND!r}"
         )
     taken, made = (whole(unet, "unet", f"{side}_channels") for side in ("in", "out"))
     if made != 2 * channels:
         raise ExportError(f"the UNet makes {made} channels: it should make {2 * channels}, half of variance")
+    if kinds[1] == hint.KIND:
+        if taken != channels + hint.CHANNELS:
+            raise ExportError(
+                f"the UNet takes {taken} channels: with a hint it should take {channels + hint.CHANNELS}"
+            )
+        return {hint.EMBEDS: ("B", hint.CHANNELS, "H", "W")}
     if taken == 2 * channels + 1:
         return {"masked_image_latents": ("B", channels, "H", "W"), "mask": ("B", 1, "H", "W")}
     if taken != channels:

@@ -14,12 +14,9 @@ from allaprima.bundle import ExportError, TensorSpec
 from allaprima.export.graph import GraphPlan
 from allaprima.export.reason import reason
 from allaprima.export.source import Checkpoint
+from allaprima.export.vision import read_preparation
 
 PART = "safety_checker"
-_CLIP = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
 
 
 class SafetyChecker(torch.nn.Module):
@@ -79,9 +76,6 @@ def write_settings(checkpoint: Checkpoint, path: Path) -> None:
     from safetensors import safe_open
 
     config = checkpoint.config(PART)
-    prepared = dict(_CLIP)
-    if (checkpoint.folder / "feature_extractor" / "preprocessor_config.json").is_file():
-        prepared |= checkpoint.config("feature_extractor", "preprocessor_config.json")
     thresholds: dict[str, list[float]] = {}
     try:
         for file in sorted((checkpoint.folder / PART).glob("*.safetensors")):
@@ -90,9 +84,7 @@ def write_settings(checkpoint: Checkpoint, path: Path) -> None:
                     if name.endswith("_embeds_weights"):
                         thresholds[name] = tensors.get_tensor(name).float().tolist()
         settings = {
-            "size": config.get("vision_config", {}).get("image_size", 224),
-            "mean": prepared["image_mean"],
-            "std": prepared["image_std"],
+            **read_preparation(checkpoint, "feature_extractor", config.get("vision_config", {})),
             "special": thresholds["special_care_embeds_weights"],
             "concepts": thresholds["concept_embeds_weights"],
         }

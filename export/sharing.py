@@ -65,7 +65,8 @@ class Sharing:
         """Share while the UNet is called with `branches` times the same `samples`, branch-major."""
         self._shape = branches, samples
         first = self._first
-        parts = {self._unet.conv_in: self._enter, **dict.fromkeys(self._before, self._pass)}
+        parts: dict[Any, Callable[..., Any]] = {self._unet.conv_in: self._enter}
+        parts |= dict.fromkeys(self._before, self._pass)
         parts |= {first.resnets[0]: self._leave, first.attentions[0]: self._attend}
         for module, method in parts.items():
             module.forward = partial(method, module.forward)
@@ -78,7 +79,8 @@ class Sharing:
 
     def _one(self, values: Tensor) -> Tensor:
         """The first branch [B,...] of [G*B,...]."""
-        return values.unflatten(0, self._shape)[0]
+        branches: Tensor = values.unflatten(0, self._shape)  # type: ignore[no-untyped-call]
+        return branches[0]
 
     def _all(self, values: Tensor) -> Tensor:
         """[B,...] for every branch, [G*B,...]."""
@@ -131,6 +133,6 @@ def _to_picture(transformer: Any, states: Tensor, height: int, width: int) -> Te
     """Tokens [B,H*W,C'] back to [B,C,H,W]."""
     if transformer.use_linear_projection:
         states = transformer.proj_out(states)
-    picture = states.transpose(1, 2).unflatten(2, (height, width))
+    picture: Tensor = states.transpose(1, 2).unflatten(2, (height, width))  # type: ignore[no-untyped-call]
     made: Tensor = picture if transformer.use_linear_projection else transformer.proj_out(picture)
     return made

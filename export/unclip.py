@@ -36,11 +36,13 @@ class PriorDenoiser(Denoiser):
 class ImageDenoiser(Denoiser):
     """Kandinsky's UNet, which is told image_embeds [G*B,D] in place of a text's states.
 
+    hint_embeds [B,4,H,W] are further channels, of a depth map that it follows (see `hint.HintEncoder`).
+
     It always makes a variance too, which is left out unless the option learned_variance takes it; then it is
     that of the last branch.
     """
 
-    channels: ClassVar[tuple[str, ...]] = ("masked_image_latents", "mask")
+    channels: ClassVar[tuple[str, ...]] = ("masked_image_latents", "mask", "hint_embeds")
 
     def _predict(
         self, sample: Tensor, timestep: Tensor, guidance: Tensor, states: Tensor, named: dict[str, Tensor]

@@ -9,6 +9,7 @@ from typing import Protocol
 from allaprima.bundle import Bundle, BundleError, Manifest, RequestError
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
 from allaprima.runtime.embeddings import EmbeddingCache
+from allaprima.runtime.hint import COMPONENT as HINTS
 from allaprima.runtime.kandinsky import Kandinsky
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
@@ -115,9 +116,14 @@ class _Texts:
         self.conditioning.write(self.encoders, denoiser, self.session.memory, self.settings)
 
 
-_Open = Callable[[Bundle, Mapping[str, Session], EmbeddingCache], Family]
+Opens = Callable[[str], Session]
+"""The session of a component that only some requests need."""
+_Open = Callable[[Bundle, Mapping[str, Session], Opens, EmbeddingCache], Family]
 _FAMILIES: Mapping[str, tuple[_Open, tuple[str, ...]]] = {
-    "stable-diffusion": (StableDiffusion, COMPONENTS),
+    "stable-diffusion": (
+        lambda bundle, sessions, _, cache: StableDiffusion(bundle, sessions, cache),
+        COMPONENTS,
+    ),
     "kandinsky-2.2": (Kandinsky, (PRIOR, *COMPONENTS)),
 }
 
@@ -125,11 +131,16 @@ _FAMILIES: Mapping[str, tuple[_Open, tuple[str, ...]]] = {
 def needed(manifest: Manifest) -> tuple[str, ...]:
     """The components that every picture needs; those of a family that is not known are the usual ones."""
     _, components = _FAMILIES.get(manifest.family, (None, COMPONENTS))
-    return (*manifest.tokenizers, *components)
+    hints = (HINTS,) if HINTS in manifest.components else ()
+    return (*manifest.tokenizers, *components, *hints)
 
 
-def open_family(bundle: Bundle, sessions: Mapping[str, Session], cache: EmbeddingCache) -> Family:
-    """The family of a bundle, over opened sessions; `cache` is for its text encoders.
+def open_family(
+    bundle: Bundle, sessions: Mapping[str, Session], opens: Opens, cache: EmbeddingCache
+) -> Family:
+    """The family of a bundle, over opened sessions.
+
+    `opens` opens others when a request first needs them; `cache` is for the text encoders.
 
     Raises BundleError if there is none of that name.
     """
@@ -140,4 +151,4 @@ def open_family(bundle: Bundle, sessions: Mapping[str, Session], cache: Embeddin
             f"{' and '.join(_FAMILIES)}: upgrade allaprima"
         )
     kind, _ = _FAMILIES[name]
-    return kind(bundle, sessions, cache)
+    return kind(bundle, sessions, opens, cache)

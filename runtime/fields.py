@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import suppress
 from numbers import Integral, Real
 
@@ -47,6 +48,32 @@ def share(name: str, value: object) -> float:
     if not 0 <= share <= 1:
         raise RequestError(f"{name} is {share}: it should lie between 0 (off) and 1")
     return share
+
+
+def part(name: str, value: object) -> float | None:
+    """A share of the noise schedule, neither nothing nor all of it; None is none."""
+    if value is None:
+        return None
+    part = finite(name, value)
+    if not 0 < part < 1:
+        raise RequestError(f"{name} is {part}: it should lie between 0 and 1; leave it out for the whole")
+    return part
+
+
+def eta(value: object) -> float:
+    """DDIM's share of fresh noise."""
+    eta = finite("eta", value)
+    if not 0 <= eta <= 1:
+        raise RequestError(f"eta is {eta}: it should lie between 0 (no noise, DDIM) and 1 (DDPM)")
+    return eta
+
+
+def seed(name: str, value: object, count: int) -> int:
+    """A seed, the first of `count`; None is a random one of 32 bits."""
+    seed = secrets.randbits(32) if value is None else whole(name, value, 0)
+    if seed + count > 2**64:
+        raise RequestError(f"{name} {seed} is too large for {count} images: seeds end at 2**64 - 1")
+    return seed
 
 
 def side(name: str, value: object, latent: Latent) -> int:

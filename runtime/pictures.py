@@ -30,12 +30,17 @@ def read_picture(source: Source, name: str = "image") -> Image.Image:
             )
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _to_rgb(source, name)
+    if not isinstance(source, (bytes, str, Path)):
+        raise RequestError(
+            f"{name} is a {type(source).__name__}: it should be a Pillow image, an array, a file's "
+            "contents, or its path"
+        )
     what = f"{name} {source}" if isinstance(source, (str, Path)) else name
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             _check_size(opened, what)
-            return _to_rgb(opened)
+            return _to_rgb(opened, what)
     except Image.DecompressionBombError as cause:
         raise RequestError(f"{what} has too many pixels: at most {MOST_PIXELS} are taken") from cause
     except (OSError, ValueError, SyntaxError) as cause:
@@ -72,9 +77,13 @@ def _check_size(image: Image.Image, what: str) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    _check_size(image, "image")
+def _to_rgb(image: Image.Image, what: str) -> Image.Image:
+    _check_size(image, what)
     turned = ImageOps.exif_transpose(image)
+    if turned.mode == "F":
+        raise RequestError(f"{what} has pixels of 32-bit floats: scale them to 8 or 16 bits")
+    if turned.mode.startswith("I"):  # 16 bits, as of depth maps, which Pillow would cut off at 8
+        turned = Image.fromarray(np.rint(np.asarray(turned).clip(0, 65535) / 257).astype(np.uint8))
     if "A" in turned.getbands() or "transparency" in turned.info:
         with_alpha = turned.convert("RGBA")
         ground = Image.new("RGBA", with_alpha.size, "white")

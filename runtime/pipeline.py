@@ -68,9 +68,9 @@ class Pipeline:
     ) -> None:
         """Take over opened sessions of text encoders, denoiser and vae_decoder; `open` does it all.
 
-        `opens` opens another component when a request first needs it: the vae_encoder, for pictures that are
-        handed in. `weigh` says what a component takes of a `memory_limit` in bytes; without it that is the
-        size of its files. `embedding_cache` in bytes.
+        `opens` opens another component when a request first needs it: the vae_encoder or the image_encoder,
+        for pictures that are handed in. `weigh` says what a component takes of a `memory_limit` in bytes;
+        without it that is the size of its files. `embedding_cache` in bytes.
 
         Raises BundleError if the bundle is of another family or its tokenizer cannot be read, BackendError if
         a component does not fit into the limit.
@@ -82,7 +82,8 @@ class Pipeline:
         self._components = Components(sessions, opens=opens, limit=memory_limit, weigh=weigh)
         self._stages = Staging(bundle, self._components)
         self._embeddings = EmbeddingCache(embedding_cache)
-        self._family = open_family(bundle, self._components.sessions, self._embeddings)
+        sessions = self._components.sessions
+        self._family = open_family(bundle, sessions, self._components.open, self._embeddings)
         self._busy = threading.Lock()
 
     @classmethod
@@ -301,7 +302,7 @@ class Pipeline:
         given = {name: value for name, value in vars(settings).items() if name in known}
         chosen = {"sampler": table.sampler, "sampling": settings.sampling.to_json()}
         return Parameters(
-            **{**given, **_seeds(settings, index), **chosen},
+            **{**given, **_seeds(settings, index), **chosen, **settings.prior.describe()},
             bundle=self.bundle.manifest.name,
             backend=self.backend,
             precision=self.precision,

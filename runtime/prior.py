@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from allaprima.bundle import Bundle, BundleError, Record
+from allaprima.bundle import Bundle, BundleError, Record, RequestError
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.result import Report
 from allaprima.runtime.samplers import Table, make_table
@@ -69,9 +69,18 @@ class Prior:
         self._length = bundle.manifest.length
         self._denoiser: tuple[object, Denoiser] | None = None
 
-    def plan(self, steps: int) -> Table:
-        """The table of this many steps. Raises RequestError if there cannot be so many."""
-        return make_table(self.settings.scheduler, None, steps, history=self._history)
+    def plan(self, steps: int, strength: float | None = None) -> Table:
+        """The table of this many steps, or of the last share of them, as diffusers counts it.
+
+        Raises RequestError if there cannot be so many, or none is left.
+        """
+        begin = 0 if strength is None else steps - int(steps * strength)
+        if begin == steps:
+            raise RequestError(
+                f"prior_strength {strength} of {steps} steps is no step at all: raise it to {1 / steps:.3g} "
+                "or more, or prior_num_inference_steps"
+            )
+        return make_table(self.settings.scheduler, None, steps, history=self._history, begin=begin)
 
     def embed(
         self,
@@ -80,12 +89,14 @@ class Prior:
         table: Table,
         guidance_scale: float,
         streams: Sequence[Noise],
+        start: Floats | None = None,
         report: Report | None = None,
     ) -> Floats:
         """Embeddings [T,N,D] of T texts for N pictures, drawn from the stream of each.
 
         Each is guided away from the text `against`; None is no guidance. One draw of a stream is for all
-        texts of its picture, as diffusers has it. `report` is told after every step. Raises BackendError.
+        texts of its picture, as diffusers has it. `start` [D] is the embedding that a table begins with which
+        is not the whole. `report` is told after every step. Raises BackendError.
         """
         branches = [texts[0] if against is None else against] * (against is not None)
         count, pictures, width = len(texts), len(streams), len(self.settings.mean)
@@ -101,6 +112,10 @@ class Prior:
                     array[branch, index * pictures : (index + 1) * pictures] = getattr(told, part)
         denoiser.push_conditions()
         _draw(denoiser.sample, count, streams)
+        if start is not None:
+            assert table.levels is not None  # or it could not begin later
+            clean, noise = table.levels[0].astype(np.float32)
+            denoiser.sample[...] = clean * start[:, None, None] + noise * denoiser.sample
         denoiser.history[...] = 0
         denoiser.push()
         for row in range(len(table.timesteps)):
@@ -118,6 +133,12 @@ class Prior:
         std, mean = (np.array(each, np.float32) for each in (self.settings.std, self.settings.mean))
         made: Floats = denoiser.sample.reshape(count, pictures, width) * std + mean
         return made
+
+    def skip(self, texts: int, table: Table, streams: Sequence[Noise]) -> None:
+        """Draw what `embed` would of the streams for so many texts, and make nothing of it."""
+        unused = np.empty((texts * len(streams), len(self.settings.mean)), np.float32)
+        for _ in range(1 + int(np.count_nonzero(table.draws))):
+            _draw(unused, texts, streams)
 
     def unload(self) -> None:
         """Let go of all buffers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar, cast
@@ -13,9 +12,11 @@ from PIL import Image
 from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime import fields
 from allaprima.runtime.conventions import conventions_of
+from allaprima.runtime.hint import read_hint
 from allaprima.runtime.inpainting import read_mask
 from allaprima.runtime.micro_conditioning import SCORES, SIZES, read_micro_conditioning
 from allaprima.runtime.pictures import Source, fitting_size, read_latents, read_picture
+from allaprima.runtime.prior_request import Mix, read_prior_request
 from allaprima.runtime.samplers import count_steps
 from allaprima.runtime.sampling import Sampling
 from allaprima.runtime.settings import Latents, OutputType, Settings
@@ -65,6 +66,11 @@ class Options(TypedDict, total=False):
     output_type: OutputType
     prior_num_inference_steps: int | None
     prior_guidance_scale: float | None
+    prior_image: Source | None
+    prior_strength: float | None
+    prior_negative_prompt: str | None
+    mix: Mix | None
+    hint: Source | None
     sampling: Sampling | Mapping[str, Any] | None
 
 
@@ -91,7 +97,12 @@ class Request:
     `denoising_end`, between 0 and 1, stops after this share of the noise schedule, and `denoising_start` goes
     on from there with latents: a base model and its refiner. Both count the steps of the whole.
     `original_size` to `negative_aesthetic_score`: see `MicroConditioning`.
-    `prior_num_inference_steps` and `prior_guidance_scale` are for the prior of a model that has one.
+    `prior_num_inference_steps` and `prior_guidance_scale` are for the prior of a model that has one. It may
+    begin with `prior_image`, whose embedding it makes anew by `prior_strength`, from 0 to 1 (None is 0.3).
+    `mix` is in place of the prompt, which is "": texts and pictures with their weights, as
+    `[("a cat", 0.3), (Path("cat.png"), 0.7)]`, whose embeddings are summed up. A str is always a text. Then
+    `negative_prompt` is the denoiser's alone, and `prior_negative_prompt` the prior's.
+    `hint` is a picture of depths, bright where it is near, for a model that paints after one.
     `sampling` says more of the sampler (see `Sampling`): custom timesteps or sigmas, which say the number of
     steps, churn, order, and options of the scheduler.
     """
@@ -130,6 +141,11 @@ class Request:
     output_type: OutputType = "pil"
     prior_num_inference_steps: int | None = None
     prior_guidance_scale: float | None = None
+    prior_image: Source | None = None
+    prior_strength: float | None = None
+    prior_negative_prompt: str | None = None
+    mix: Mix | None = None
+    hint: Source | None = None
     sampling: Sampling | Mapping[str, Any] | None = None
 
     def check(self, manifest: Manifest) -> Settings:
@@ -155,11 +171,11 @@ class Request:
                 "guidance_scale", defaults.guidance_scale if guidance is None else guidance
             ),
             sampler=sampler,
-            seed=_seed(self.seed, count),
+            seed=fields.seed("seed", self.seed, count),
             height=height,
             width=width,
             num_images=count,
-            eta=_eta(self.eta),
+            eta=fields.eta(self.eta),
             long_prompts=fields.flag("long_prompts", self.long_prompts),
             prompt_weights=fields.flag("prompt_weights", self.prompt_weights),
             clip_skip=fields.whole("clip_skip", 0 if self.clip_skip is None else self.clip_skip, 0),
@@ -170,13 +186,15 @@ class Request:
             variation_seed=_variation(self.variation_seed, self.variation_strength, count),
             variation_strength=fields.share("variation_strength", self.variation_strength),
             mask=_mask(self.mask, picture),
-            denoising_start=_part("denoising_start", self.denoising_start),
-            denoising_end=_part("denoising_end", self.denoising_end),
+            denoising_start=fields.part("denoising_start", self.denoising_start),
+            denoising_end=fields.part("denoising_end", self.denoising_end),
             micro_conditioning=read_micro_conditioning(self._sizes(), manifest),
             output_type=_output_type(self.output_type),
             guidance_embedded=_takes(manifest, "timestep_cond"),
             prior_num_inference_steps=_maybe(fields.whole, self, "prior_num_inference_steps", 2),
             prior_guidance_scale=_maybe(fields.finite, self, "prior_guidance_scale"),
+            prior=read_prior_request(self, manifest),
+            hint=read_hint(self.hint, manifest),
             sampling=sampling,
         )
         settings.check(needs_mask=_takes(manifest, "mask"))
@@ -270,16 +288,6 @@ def _check_pixels(count: int, height: int, width: int) -> None:
         )
 
 
-def _part(name: str, value: object) -> float | None:
-    """A share of the noise schedule, neither nothing nor all of it."""
-    if value is None:
-        return None
-    part = fields.finite(name, value)
-    if not 0 < part < 1:
-        raise RequestError(f"{name} is {part}: it should lie between 0 and 1; leave it out for the whole")
-    return part
-
-
 def _output_type(value: object) -> OutputType:
     if value == "pil" or value == "latent":
         return "pil" if value == "pil" else "latent"
@@ -289,21 +297,7 @@ def _output_type(value: object) -> OutputType:
 def _variation(seed: int | None, strength: float, count: int) -> int | None:
     """The variation's seed, random if there is a strength; RequestError for a seed without one."""
     if strength:
-        return _seed(seed, count, "variation_seed")
+        return fields.seed("variation_seed", seed, count)
     if seed is not None:
         raise RequestError(f"variation_seed is {seed}, but variation_strength is 0: give one up to 1")
     return None
-
-
-def _eta(value: object) -> float:
-    eta = fields.finite("eta", value)
-    if not 0 <= eta <= 1:
-        raise RequestError(f"eta is {eta}: it should lie between 0 (no noise, DDIM) and 1 (DDPM)")
-    return eta
-
-
-def _seed(value: int | None, count: int, name: str = "seed") -> int:
-    seed = secrets.randbits(32) if value is None else fields.whole(name, value, 0)
-    if seed + count > 2**64:
-        raise RequestError(f"{name} {seed} is too large for {count} images: seeds end at 2**64 - 1")
-    return seed

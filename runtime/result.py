@@ -45,6 +45,7 @@ class Parameters:
     """How one picture was made: enough to make it again. `height` and `width` in pixels.
 
     `sampling` holds the fields of Sampling that were given, as JSON has them, and can be handed in again.
+    Pictures are not kept: in a `mix` None stands for one.
     """
 
     prompt: str
@@ -75,6 +76,9 @@ class Parameters:
     refiner: str | None = None
     prior_num_inference_steps: int | None = None
     prior_guidance_scale: float | None = None
+    mix: tuple[tuple[str | None, float], ...] | None = None
+    prior_strength: float | None = None
+    prior_negative_prompt: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 

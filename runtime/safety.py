@@ -9,20 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from allaprima.bundle import Bundle, BundleError, Record
+from allaprima.bundle import Bundle, BundleError
 from allaprima.runtime.session import Session
+from allaprima.runtime.vision import VisionSettings, prepare
 
 COMPONENT = "safety_checker"
 FILE = f"{COMPONENT}/settings.json"
 
 
 @dataclass(frozen=True)
-class SafetySettings(Record):
-    """How pictures are prepared (`size` in pixels, `mean` and `std` per channel); a threshold per concept."""
+class SafetySettings(VisionSettings):
+    """How pictures are prepared, and a threshold per concept."""
 
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     special: tuple[float, ...]
     concepts: tuple[float, ...]
 
@@ -56,17 +54,6 @@ class SafetyChecker:
         self._outputs.pull()
         special, concepts = (self._outputs.tensors[name].array[0] for name in ("special", "concepts"))
         return is_flagged(special, concepts, self._settings)
-
-
-def prepare(image: Image.Image, settings: SafetySettings) -> NDArray[np.float32]:
-    """What CLIP's image encoder takes, [3,size,size]: resized by the short side, the middle, normalised."""
-    size, short = settings.size, min(image.size)
-    width, height = (int(size * side / short) for side in image.size)
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    cropped = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32)
-    mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
-    return ((cropped / 255 - mean) / std).transpose(2, 0, 1).astype(np.float32)
 
 
 def is_flagged(special: NDArray[np.float32], concepts: NDArray[np.float32], settings: SafetySettings) -> bool:

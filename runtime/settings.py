@@ -11,6 +11,7 @@ from PIL import Image
 
 from allaprima.bundle import RequestError
 from allaprima.runtime.micro_conditioning import MicroConditioning
+from allaprima.runtime.prior_request import PriorRequest
 from allaprima.runtime.sampling import Sampling
 
 Latents = NDArray[np.float32]
@@ -23,7 +24,8 @@ class Settings:
 
     `height` and `width` in pixels. Image i uses `seed + i`; if there is a variation, all use `seed`, and
     image i `variation_seed + i`. `picture` is what to begin with, or `latents` [N,C,H,W], `strength` None
-    if neither is painted over. `guidance_embedded`: the model is told the guidance scale.
+    if neither is painted over. `guidance_embedded`: the model is told the guidance scale. `hint` is a picture
+    of depths.
     """
 
     prompt: str
@@ -55,6 +57,8 @@ class Settings:
     guidance_embedded: bool = False
     prior_num_inference_steps: int | None = None
     prior_guidance_scale: float | None = None
+    prior: PriorRequest = field(default_factory=PriorRequest)
+    hint: Image.Image | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
     @property

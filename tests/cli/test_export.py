@@ -65,6 +65,7 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
         "thresholding": False,
         "usage": Usage(None, None, None),
         "prior": None,
+        "image_encoder": False,
     }
     assert outcome.out == f"{target}: tiny, fp16, 7.0 kB in 3 files\n"
     refused = allaprima("export", "models/x", str(target))
@@ -75,13 +76,13 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
 def test_every_option(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> None:
     words = ("--precision", "bf16", "--name", "red", "--force", "--quiet", "--allow-pickle")
     words += ("--thresholding", "--tokenizer", "clip", "--prediction", "v_prediction")
-    words += ("--preset", "lcm", "--steps", "6", "--guidance", "1.5", "--prior", "p")
+    words += ("--preset", "lcm", "--steps", "6", "--guidance", "1.5", "--prior", "p", "--image-encoder")
     outcome = allaprima("export", "hub/id", str(tmp_path / "out"), *words)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert (asked["precision"], asked["name"], asked["overwrite"]) == ("bf16", "red", True)
     assert asked["single"] == SingleFile("clip", "v_prediction", True)
     assert asked["thresholding"] is True
-    assert asked["prior"] == "p"
+    assert (asked["prior"], asked["image_encoder"]) == ("p", True)
     assert asked["usage"] == Usage("lcm", 6, 1.5)
 
 

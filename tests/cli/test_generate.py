@@ -208,6 +208,20 @@ def test_prompts_that_look_like_options(allaprima: Allaprima, easel: Easel) -> N
     assert (easel.opened["bundle"], easel.asked["prompt"]) == ("shapes", "--- a line")
 
 
+def test_a_mix_is_in_place_of_the_prompt(allaprima: Allaprima, easel: Easel) -> None:
+    Path("photo.png").write_bytes(b"")
+    mixed = ["--mix", "a cat=0.3", "--mix", "photo.png=-1"]
+    for words in (["my bundle", *mixed], [*mixed, "my bundle", ""]):
+        assert allaprima("generate", *words).code == 0
+        assert (easel.opened["bundle"], easel.asked["prompt"]) == ("my bundle", "")
+        assert easel.asked["mix"] == [("a cat", 0.3), (Path("photo.png"), -1.0)]
+    others = ["--prior-image", "a.png", "--prior-strength", "0.5", "--hint", "b.png"]
+    assert allaprima("generate", "my bundle", "a cat", *others, "--prior-negative-prompt", "c").code == 0
+    asked = {name: easel.asked[name] for name in ("prior_image", "prior_strength", "hint")}
+    assert asked == {"prior_image": "a.png", "prior_strength": 0.5, "hint": "b.png"}
+    assert easel.asked["prior_negative_prompt"] == "c"
+
+
 def test_json(allaprima: Allaprima, easel: Easel) -> None:
     easel.warnings = ("the prompt was cut",)
     outcome = allaprima("generate", "ein Kreis, schön", "--json", "--quiet")
@@ -233,6 +247,9 @@ def test_warnings_and_quiet(allaprima: Allaprima, easel: Easel) -> None:
         (["--size", "-1x4"], "argument --size"),
         (["--timesteps", "9,x"], "argument --timesteps: '9,x' is not a list of numbers"),
         (["--scheduler-option", "clip"], "argument --scheduler-option: 'clip' is not an option: write NAME"),
+        (["--mix", "a cat"], "argument --mix: 'a cat' has no weight: write a text or a picture's file"),
+        (["--mix", "a=b"], "argument --mix: 'a=b' has no weight"),
+        (["--mix", "none.png=0.5"], "argument --mix: 'none.png' is no file: name a picture"),
         (["-o", "picture.bmp"], "picture.bmp: unknown kind of picture"),
         (["-o", "none/picture.png"], "none/picture.png: there is no folder none"),
         (["--preview", "none/small.png"], "none/small.png: there is no folder none"),

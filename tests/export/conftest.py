@@ -159,8 +159,9 @@ def write_tiny_prior(folder: Path, *, embedding: int = 32) -> Path:
     tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
     tokenizer.save_pretrained(folder / "tokenizer")
     CLIPImageProcessor(crop_size=28, size={"shortest_edge": 28}).save_pretrained(folder / "image_processor")
+    # Heads of 104, as the published model has them.
     vision = CLIPVisionConfig(
-        hidden_size=32,
+        hidden_size=208,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -240,6 +241,9 @@ def write_tiny_kandinsky(folder: Path, *, kind: str = "KandinskyV22Pipeline", **
             norm_type="spatial",
         ),
     }
+    for layer in models["unet"].add_embedding.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # of a hint, which would fade away in a new model
+            torch.nn.init.normal_(layer.weight, std=1.6 / layer.weight[0].numel() ** 0.5)
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="linear", steps_offset=1, clip_sample=False
     )
@@ -356,11 +360,29 @@ def kandinsky_checkpoint(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def kandinsky_bundle(kandinsky_checkpoint: Path, prior_checkpoint: Path, export: Export) -> Bundle:
-    """The tiny Kandinsky 2.2 in float32."""
-    return export(kandinsky_checkpoint, "kandinsky", "fp32", prior=str(prior_checkpoint))
+    """The tiny Kandinsky 2.2 in float32, with its image encoder."""
+    return export(kandinsky_checkpoint, "kandinsky", "fp32", prior=str(prior_checkpoint), image_encoder=True)
 
 
 @pytest.fixture(scope="session")
 def kandinsky_half_bundle(kandinsky_checkpoint: Path, prior_checkpoint: Path, export: Export) -> Bundle:
-    """The tiny Kandinsky 2.2 in float16."""
-    return export(kandinsky_checkpoint, "kandinsky-half", "fp16", prior=str(prior_checkpoint))
+    """The tiny Kandinsky 2.2 in float16, with its image encoder."""
+    return export(
+        kandinsky_checkpoint, "kandinsky-half", "fp16", prior=str(prior_checkpoint), image_encoder=True
+    )
+
+
+@pytest.fixture(scope="session")
+def depth_checkpoint(once: Once) -> Path:
+    return once(
+        "checkpoints/depth",
+        lambda folder: write_tiny_kandinsky(
+            folder, kind="KandinskyV22ControlnetPipeline", in_channels=8, addition_embed_type="image_hint"
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def depth_bundle(depth_checkpoint: Path, prior_checkpoint: Path, export: Export) -> Bundle:
+    """A tiny Kandinsky 2.2 that follows a depth map, in float32, without image encoder."""
+    return export(depth_checkpoint, "depth", "fp32", prior=str(prior_checkpoint))

@@ -214,7 +214,8 @@ def test_half_is_close_to_full(pair: Pair, kandinsky_half_bundle: Bundle) -> Non
 def test_what_a_bundle_holds(kandinsky_bundle: Bundle) -> None:
     manifest = kandinsky_bundle.manifest
     assert manifest.family == "kandinsky-2.2"
-    assert list(manifest.components) == ["text_encoder", "prior", "denoiser", "vae_decoder", "vae_encoder"]
+    parts = ["text_encoder", "prior", "image_encoder", "denoiser", "vae_decoder", "vae_encoder"]
+    assert list(manifest.components) == parts
     assert (manifest.latent.downscale, manifest.latent.multiple) == (4, 16)
     assert (manifest.defaults.num_inference_steps, manifest.defaults.guidance_scale) == (100, 4.0)
     settings = json.loads(kandinsky_bundle.path("prior/settings.json").read_text())
@@ -317,7 +318,8 @@ def test_a_prior_of_another_width(kandinsky_checkpoint: Path, tmp_path: Path) ->
     [
         ("unet", {"in_channels": 8}, "takes 8 channels and the autoencoder makes 4"),
         ("unet", {"out_channels": 4}, "makes 4 channels: it should make 8"),
-        ("unet", {"addition_embed_type": "image_hint"}, "addition_embed_type 'image_hint'"),
+        ("unet", {"addition_embed_type": "text"}, "addition_embed_type 'text': known are"),
+        ("unet", {"addition_embed_type": "image_hint"}, "takes 4 channels: with a hint it should take 8"),
         ("movq", {"latent_channels": None}, "latent_channels in the config.json of movq"),
     ],
 )
@@ -358,12 +360,16 @@ def test_a_folder_with_both(kandinsky_checkpoint: Path, prior_checkpoint: Path, 
     diffusers.KandinskyV22CombinedPipeline(
         **parts_of(kandinsky_checkpoint, prior_checkpoint)
     ).save_pretrained(folder)
-    apart = read_family(open_checkpoint(str(kandinsky_checkpoint)), open_checkpoint(str(prior_checkpoint)))
-    both = read_family(open_checkpoint(str(folder)), None)
+    apart = read_family(
+        open_checkpoint(str(kandinsky_checkpoint)),
+        open_checkpoint(str(prior_checkpoint)),
+        image_encoder=True,
+    )
+    both = read_family(open_checkpoint(str(folder)), None, image_encoder=True)
     assert both.tokenizers == apart.tokenizers
     assert both.conditions == apart.conditions
     assert [both.write_files(tmp_path / "a"), apart.write_files(tmp_path / "b")] == [None, None]
-    for name in ("prior/settings.json", "tokenizer/tokenizer.json"):
+    for name in ("prior/settings.json", "image_encoder/settings.json", "tokenizer/tokenizer.json"):
         found, wanted = (json.loads((tmp_path / each / name).read_text()) for each in "ab")
         for each in (found, wanted):
             if "scheduler" in each:

@@ -15,7 +15,8 @@ from allaprima.bundle import ExportError
 from allaprima.export import safety
 from allaprima.export.graph import write_graph
 from allaprima.export.source import Checkpoint
-from allaprima.runtime.safety import SafetySettings, is_flagged, prepare
+from allaprima.runtime.safety import SafetySettings, is_flagged
+from allaprima.runtime.vision import prepare
 
 SIZE = 32
 

@@ -25,7 +25,8 @@ BUNDLES = {
     "tiny_half_bundle": COMPONENTS,
     "tiny_bundle": COMPONENTS,
     "xl_half_bundle": ["text_encoder_2", *COMPONENTS],
-    "kandinsky_half_bundle": ["prior", *COMPONENTS],
+    "kandinsky_half_bundle": ["prior", "image_encoder", *COMPONENTS],
+    "depth_bundle": ["hint_encoder", "denoiser"],
 }
 
 
@@ -57,7 +58,7 @@ def test_the_parser_accepts_every_graph(request: pytest.FixtureRequest, bundle: 
     for layer in attention:
         layer.__class__ = TRT.IAttentionInputLayer
         assert layer.attention.decomposable
-    if component != "vae_encoder":
+    if component not in ("vae_encoder", "hint_encoder"):
         assert attention, "this test would show nothing"
     edges = [
         (described.inputs, network.num_inputs, network.get_input),
@@ -114,8 +115,9 @@ def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path
         ("tiny_bf16_bundle", {"bf16"}),
         ("xl_half_bundle", {"fp16", "fp32"}),
         ("kandinsky_half_bundle", {"fp16"}),
+        ("depth_bundle", {"fp32"}),
     ],
-    ids=["fp32", "bf16", "both", "kandinsky"],
+    ids=["fp32", "bf16", "both", "kandinsky", "depth"],
 )
 def test_other_precisions_compile(request: pytest.FixtureRequest, fixture: str, precisions: set[str]) -> None:
     """In float32 attention has no fused kernel, and is taken apart."""

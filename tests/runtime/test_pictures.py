@@ -40,6 +40,13 @@ def test_transparency_becomes_white() -> None:
     assert read_picture(png(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_16_bits_are_scaled() -> None:
+    """As depth maps have them; Pillow would make 255 of all that is above."""
+    deep = Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16))
+    for source in (deep, png(deep)):
+        assert np.asarray(read_picture(source))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
 def test_turned_as_the_camera_was() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by a quarter
@@ -66,6 +73,8 @@ def bomb(width: int, height: int) -> bytes:
         ("nowhere.png", "image nowhere.png cannot be read: No such file"),
         (np.zeros((2, 2), np.uint8), r"image is uint8 \[2, 2\]: it should be uint8 \[height, width, 3\]"),
         (np.zeros((2, 2, 3), np.float32), "image is float32"),
+        (Image.new("F", (2, 2)), "image has pixels of 32-bit floats: scale them to 8 or 16 bits"),
+        (7, "image is a int: it should be a Pillow image"),
     ],
 )
 def test_what_is_refused(source: Any, message: str) -> None:
