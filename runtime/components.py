@@ -174,7 +174,7 @@ class HeldSession:
             raise BackendError("the session is closed")
         check_tensors(self.inputs, self.outputs, tensors)
         need = activations(tensors)
-        self._check(need)
+        self._check(need + sum(binding.need for binding in self._bindings))
         binding = HeldBinding(self, tensors, need)
         self._bindings.add(binding)
         return binding
