@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backend, bundle = choose(options.backend), open_bundle(options.bundle)
         uses = [
             in_new_process(measure, options.bundle, role, backend, options.precision, (width, height))
-            for role in options.components.split(",") if options.components else bundle.manifest.components
+            for role in (options.components.split(",") if options.components else bundle.manifest.components)
         ]
     except AllaprimaError as error:
         parser.error(str(error))
