@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 from weakref import WeakSet
 
-from allaprima.bundle import BackendError, Bundle, TensorSpec
+from allaprima.bundle import BackendError, Bundle, RequestError, TensorSpec
 from allaprima.runtime.footprint import Footprint, activations, show_bytes, stored
 from allaprima.runtime.memory import Memory, Tensor, trim
 from allaprima.runtime.result import MemoryUse
@@ -45,11 +45,14 @@ class Components:
         """Whether there is a limit."""
         return self._budget is not None
 
-    def open(self, role: str) -> Session | None:
-        """The session of a role, opened if it is not yet; None if this pipeline cannot."""
+    def open(self, role: str) -> Session:
+        """The session of a component that only some requests need, opened if it is not yet.
+
+        Raises RequestError if this pipeline cannot, or BackendError.
+        """
         if role not in self.sessions:
             if self._opens is None:
-                return None
+                raise RequestError(f"this pipeline was made without a {role}: it takes no picture")
             self.sessions[role] = self._held(role, self._opens(role))
         return self.sessions[role]
 

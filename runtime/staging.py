@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allaprima.bundle import Bundle, RequestError
+from allaprima.bundle import Bundle
 from allaprima.runtime.components import Components
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker
@@ -51,8 +51,6 @@ class Staging:
         Raises BackendError or RequestError.
         """
         session = self._components.open(ENCODER)
-        if session is None:
-            raise RequestError("this pipeline was made without a vae_encoder: it takes no picture")
         key = settings.height, settings.width
         if self._encoder is None or self._encoder[0] != key:
             self._encoder = None

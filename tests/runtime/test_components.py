@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from allaprima.bundle import BackendError, Bundle, TensorSpec
+from allaprima.bundle import BackendError, Bundle, RequestError, TensorSpec
 from allaprima.runtime import Pipeline, Progress, Session, open_session
 from allaprima.runtime.components import Components, HeldSession
 from allaprima.runtime.footprint import Footprint
@@ -351,7 +351,8 @@ def test_without_a_limit_sessions_are_the_backends_own(log: list[str]) -> None:
     components = make_components(log, None, {"a": 100})
     assert isinstance(components.sessions["a"], Counted)
     assert components.report() is None
-    assert components.open("b") is None
+    with pytest.raises(RequestError, match="this pipeline was made without a b: it takes no picture"):
+        components.open("b")
 
 
 def test_wrong_tensors_are_refused_at_once(log: list[str]) -> None:
