@@ -69,7 +69,7 @@ def measure(folder: Path, role: str, backend: str, precision: str | None, size: 
         binding.run()
     seconds = perf_counter() - started
     after = _resident()
-    needs = sum(activations(block.tensors) for block in blocks)
+    needs = sum(activations(block.tensors, session.precision) for block in blocks)
     del bindings, binding, blocks
     session.unload()
     gc.collect()
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write(options: argparse.Namespace, backend: str, command: str, uses: list[Use]) -> str:
-    model = options.bundle.resolve().name
+    model = options.bundle.absolute().name
     precision = options.precision or "its own precision"
     title = f"{model} with {backend} in {precision}, one picture of {options.size} with guidance."
     columns = ("component", "reckoned", "resident", "of it mapped", "left after unload", "seconds to load")

@@ -176,7 +176,7 @@ class HeldSession:
         if self._closed:
             raise BackendError("the session is closed")
         check_tensors(self.inputs, self.outputs, tensors)
-        need = activations(tensors)
+        need = activations(tensors, self.precision)
         self._check(need + sum(binding.need for binding in self._bindings))
         binding = HeldBinding(self, tensors, need)
         self._bindings.add(binding)
