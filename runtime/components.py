@@ -46,7 +46,10 @@ class Components:
         return self._budget is not None
 
     def open(self, role: str) -> Session:
-        """The session of a role, opened if it is not yet. Raises RequestError if this pipeline cannot."""
+        """The session of a component that only some requests need, opened if it is not yet.
+
+        Raises RequestError if this pipeline cannot, or BackendError.
+        """
         if role not in self.sessions:
             if self._opens is None:
                 raise RequestError(f"this pipeline was made without a {role}: it takes no picture")
@@ -173,8 +176,8 @@ class HeldSession:
         if self._closed:
             raise BackendError("the session is closed")
         check_tensors(self.inputs, self.outputs, tensors)
-        need = activations(tensors)
-        self._check(need)
+        need = activations(tensors, self.precision)
+        self._check(need + sum(binding.need for binding in self._bindings))
         binding = HeldBinding(self, tensors, need)
         self._bindings.add(binding)
         return binding

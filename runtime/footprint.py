@@ -15,10 +15,13 @@ _UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("KMGT", 1)
     for infix, base in (("", 1000), ("I", 1024))
 }
-PER_PIXEL = 5200
-"""Bytes of activations of an autoencoder for each pixel; see docs/memory.md for what was measured."""
-PER_LATENT = 60_000
-"""Bytes of activations of a denoiser for each latent pixel, lane and guidance branch."""
+PER_PIXEL = {"bf16": 2500}, 6000
+"""Bytes of activations of an autoencoder for each pixel: by precision, and in any other.
+
+Measured with Stable Diffusion 1.5, see docs/memory.md; ONNX Runtime computes fp16 in fp32 on a CPU.
+"""
+PER_LATENT = {"bf16": 35_000}, 60_000
+"""The same of a denoiser, for each latent pixel, lane and guidance branch."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def stored(graph: Path) -> int:
     return sum(path.stat().st_size for path in graph.parent.iterdir() if path.is_file())
 
 
-def activations(tensors: Mapping[str, Tensor]) -> int:
+def activations(tensors: Mapping[str, Tensor], precision: str) -> int:
     """Bytes that a run takes beside the weights: the bound tensors, and a share for each pixel of them.
 
     It is known for the autoencoders' graphs ("image") and for denoisers ("guidance"), others take next to
@@ -67,9 +70,14 @@ def activations(tensors: Mapping[str, Tensor]) -> int:
     """
     total = sum(tensor.array.nbytes for tensor in tensors.values())
     if "image" in tensors:
-        return total + PER_PIXEL * (tensors["image"].array.size // 3)
+        return total + _share(PER_PIXEL, precision) * (tensors["image"].array.size // 3)
     if "guidance" in tensors and "sample" in tensors:
         lanes, _, height, width = tensors["sample"].array.shape
         count: int = tensors["guidance"].array.shape[0] * lanes * height * width
-        return total + PER_LATENT * count
+        return total + _share(PER_LATENT, precision) * count
     return total
+
+
+def _share(table: tuple[Mapping[str, int], int], precision: str) -> int:
+    known, other = table
+    return known.get(precision, other)

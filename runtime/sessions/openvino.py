@@ -86,12 +86,14 @@ def open_session(
 def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
     """Measured: a compiled model keeps the graph's weights, and a copy in the order its kernels want.
 
-    What is stored in fp16 becomes fp32 in both; bf16 stays. Of an engine, the first half is mapped.
+    What is stored in fp16 becomes fp32 in both; bf16 stays where the CPU has it. Of an engine, the first half
+    is mapped.
     """
     if engines:
         weights = 2 * max(file.path.stat().st_size for file in engines)
     else:
-        weights = stored(graph) * (4 if component.precision == "fp16" else 2)
+        kept = component.precision in {"fp32", "bf16"} & set(precisions())
+        weights = stored(graph) * (2 if kept else 4)
     return Footprint(weights, weights)
 
 

@@ -51,10 +51,10 @@ def open_session(
 
 
 def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
-    """Measured: one copy of the weights, which is fp32 where the graph is fp16."""
+    """Measured: one copy of the weights; where they are fp16 they are kept beside one in fp32."""
     weights = stored(engines[0].path if engines else graph)
-    if not engines and component.precision == "fp16":
-        weights *= 2
+    if component.precision == "fp16":
+        weights *= 3
     return Footprint(weights, weights)
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from allaprima.bundle import VERSION
-from allaprima.runtime import Parameters, Pipeline, Progress, Result, read_parameters
+from allaprima.runtime import MemoryUse, Parameters, Pipeline, Progress, Result, read_parameters
 
 Allaprima = Callable[..., SimpleNamespace]
 
@@ -23,6 +23,7 @@ class Easel:
         self.opened: dict[str, Any] = {}
         self.asked: dict[str, Any] = {}
         self.warnings: tuple[str, ...] = ()
+        self.memory: MemoryUse | None = None
         self.preview_every: int | None = None
         self.folder: list[list[str]] = []
         """What was in the current folder after each step."""
@@ -72,7 +73,8 @@ class Easel:
             for index in range(count)
         )
         images = tuple(Image.new("RGB", (64, 64), "teal") for _ in range(count))
-        return Result(images, parameters, {"denoise": 1.0, "total": 1.25}, self.warnings)
+        timings = {"denoise": 1.0, "total": 1.25}
+        return Result(images, parameters, timings, self.warnings, memory=self.memory)
 
 
 @pytest.fixture
@@ -94,6 +96,7 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
         "precision": None,
         "threads": None,
         "safety_checker": True,
+        "memory_limit": None,
     }
     assert easel.asked == {
         "prompt": "a red circle",
@@ -120,10 +123,41 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
     assert read_parameters("picture.png")["prompt"] == "a red circle"
 
 
+def test_what_was_done_for_a_memory_limit(allaprima: Allaprima, easel: Easel) -> None:
+    sizes = {"text_encoder": 3_000_000_000, "denoiser": 5_000_000_000}
+    roles = tuple(sizes)
+    easel.memory = MemoryUse(6_500_000_000, 5_250_000_000, sizes, roles, ("text_encoder",), 1.25)
+    told = allaprima("generate", "x", "--memory-limit", "6.5GB").out.splitlines()[-1]
+    assert told == (
+        "memory: about 5.2 GB at most, of 6.5 GB; 1.2 s to load text_encoder, denoiser; unloaded text_encoder"
+    )
+    memory = json.loads(allaprima("generate", "x", "--memory-limit", "6.5GB", "--json").out)["memory"]
+    assert memory == {
+        "limit": 6_500_000_000,
+        "peak": 5_250_000_000,
+        "components": sizes,
+        "loaded": list(roles),
+        "unloaded": ["text_encoder"],
+        "seconds": 1.25,
+    }
+    easel.memory = MemoryUse(6_500_000_000, 5_250_000_000, {}, (), (), 0.0)
+    told = allaprima("generate", "x", "--memory-limit", "6.5GB").out.splitlines()[-1]
+    assert told == "memory: about 5.2 GB at most, of 6.5 GB"
+    easel.memory = None
+    assert "memory" not in json.loads(allaprima("generate", "x", "--json").out)
+
+
+def test_a_memory_limit_that_is_none(allaprima: Allaprima) -> None:
+    outcome = allaprima("generate", "x", "--memory-limit", "lots")
+    assert outcome.code == 2
+    assert "memory_limit is 'lots': give bytes, or a text such as '8GB' or '8GiB'" in outcome.err
+
+
 def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -> None:
     words = ["--steps", "9", "--guidance", "2.5", "--sampler", "Euler a", "--seed", "3", "--size", "768x512"]
     words += ["--eta", "0.5", "--negative-prompt", "blur", "-n", "2", "-o", "out.webp"]
     words += ["--backend", "ort", "--precision", "fp32", "--threads", "2", "--no-safety-checker"]
+    words += ["--memory-limit", "6.5GB"]
     words += ["--image", "start.png", "--strength", "0.6"]
     words += ["--mask", "mask.png"]
     words += ["--variation-seed", "5", "--variation-strength", "0.25"]
@@ -140,6 +174,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
         "precision": "fp32",
         "threads": 2,
         "safety_checker": False,
+        "memory_limit": "6.5GB",
     }
     assert easel.asked == {
         "prompt": "a cat",

@@ -1,5 +1,6 @@
 """`allaprima generate` with SDXL: second prompts, sizes, and a refiner. The pipelines are stand-ins here."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from allaprima.runtime import Pipeline, Result, read_parameters
+from allaprima.runtime import MemoryUse, Pipeline, Result, read_parameters
 
 from .test_generate import Easel
 
@@ -92,6 +93,23 @@ def test_base_and_refiner(allaprima: Allaprima, easels: Easels, write_bundle: Wr
     }
     told = read_parameters("picture.png")
     assert (told["bundle"], told["refiner"], told["denoising_end"]) == ("base", "finish", 0.8)
+
+
+def test_both_tell_what_they_did_for_a_memory_limit(
+    allaprima: Allaprima, easels: Easels, write_bundle: WriteBundle
+) -> None:
+    easels.memory = MemoryUse(900, 800, {"denoiser": 700}, ("denoiser",), ("denoiser",), 1.5)
+    words = ["--refiner", str(write_bundle(Path("finish"))), "--memory-limit", "900B", "--json"]
+    memory = json.loads(allaprima("generate", "base", "a cat", *words).out)["memory"]
+    both = ["denoiser", "the refiner's denoiser"]
+    assert memory == {
+        "limit": 900,
+        "peak": 800,
+        "components": dict.fromkeys(both, 700),
+        "loaded": both,
+        "unloaded": both,
+        "seconds": 3.0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ class Builder(rtx.Builder):
         seen["configs"].append(
             {
                 "refit": config.get_flag(rtx.BuilderFlag.REFIT),
+                "streams": config.get_flag(rtx.BuilderFlag.WEIGHT_STREAMING),
                 "level": config.builder_optimization_level,
                 "workspace": config.get_memory_pool_limit(rtx.MemoryPoolType.WORKSPACE),
                 "profiles": config.num_optimization_profiles,
@@ -43,7 +44,7 @@ fake.__dict__.update(vars(rtx), __version__="11.4.0.106", Builder=Builder)
 sys.modules["tensorrt"] = fake
 toolchains.current_device = lambda: Device("NVIDIA H200", "9.0")  # type: ignore[assignment]
 bundle = open_bundle(sys.argv[1])
-options = Options(workspace=2**30, level=2, refit=True)
+options = Options(workspace=2**30, level=2, refit=True, weight_streaming=True)
 built = build_bundle(bundle, backend="tensorrt", batch=(1, 2), options=options)
 seen["built"] = [{**one.engine.to_json(), "folder": str(one.folder)} for one in built]
 again = build_bundle(bundle, backend="tensorrt", batch=(1, 2), options=options)

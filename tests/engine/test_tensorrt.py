@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from allaprima.bundle import BackendError, BuildError, Bundle, RequestError
+from allaprima.bundle import BackendError, BuildError, Bundle, RequestError, matching_engines
 from allaprima.cli.main import main
 from allaprima.engine import Options, build, build_bundle, compilers, options, toolchains
 from allaprima.engine.options import AMPERE_AND_NEWER, TARGETS
@@ -19,6 +19,8 @@ from allaprima.runtime import flavours
 from allaprima.runtime.backends import BackendInfo
 from allaprima.runtime.cuda import Device, current_device
 from allaprima.runtime.flavours import flavour_for
+from allaprima.runtime.footprint import Footprint
+from allaprima.runtime.sessions.tensorrt_driver import TENSORRT_RTX
 
 try:
     VERSION = flavours.version("tensorrt-rtx")
@@ -238,6 +240,19 @@ def test_what_is_missing_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
 
 
 @needs_rtx
+def test_weights_that_can_be_streamed(bundle: Bundle, cache: Path) -> None:
+    """A real plan; that it streams shows only on a GPU. A session is told that it could."""
+    plain = build_bundle(bundle, backend="tensorrt-rtx")
+    assert main(["build", str(bundle.folder), "--backend", "tensorrt-rtx", "--weight-streaming", "-q"]) == 0
+    key = plain[0].engine.key
+    found = matching_engines(key, lambda _: True)
+    assert [file.streams for file in found] == [True, False]
+    assert found[0].path.stat().st_size > 0
+    session = TENSORRT_RTX.footprint(Path("graph"), bundle.component(key.component), found[:1])
+    assert session == Footprint(found[0].path.stat().st_size, 0)
+
+
+@needs_rtx
 def test_the_way_of_tensorrt(bundle: Bundle, cache: Path) -> None:
     script = Path(__file__).with_name("path_of_tensorrt.py")
     done = subprocess.run(
@@ -251,8 +266,10 @@ def test_the_way_of_tensorrt(bundle: Bundle, cache: Path) -> None:
     assert seen["flags"] == [seen["strongly typed"]] * len(built)  # TensorRT 10 must be told
     for one, config in zip(built, seen["configs"], strict=True):
         assert (config["refit"], config["level"], config["workspace"]) == (True, 2, 2**30)
+        assert config["streams"]
         assert config["profiles"] == len(one["key"]["profiles"])
-        assert one["key"]["flags"] == {"workspace": str(2**30), "level": "2", "refit": "yes"}
+        flags = {"workspace": str(2**30), "level": "2", "refit": "yes", "weight_streaming": "yes"}
+        assert one["key"]["flags"] == flags
         assert one["key"]["device"] == "NVIDIA H200, compute capability 9.0"
         assert list(one["files"]) == ["model.plan"]
         assert sorted(path.name for path in Path(one["folder"]).iterdir()) == ["engine.json", "model.plan"]

@@ -18,9 +18,11 @@ from allaprima.cli.main import main
 from allaprima.export import export_checkpoint
 from allaprima.export.kandinsky import read_family
 from allaprima.export.source import open_checkpoint
-from allaprima.runtime import Pipeline, Request, Settings, read_parameters
+from allaprima.runtime import Pipeline, Progress, Request, Settings, read_parameters
+from allaprima.runtime.footprint import Footprint
 from allaprima.runtime.kandinsky import Kandinsky
 from allaprima.runtime.noise import Noise
+from allaprima.runtime.opener import Opener
 
 from .conftest import write_tiny_kandinsky, write_tiny_prior
 from .test_parity import Pictures, picture, psnr
@@ -278,6 +280,48 @@ def test_warnings(pair: Pair) -> None:
         "the negative prompt has no effect with guidance_scale 1.0 and prior_guidance_scale 1.0: one of them "
         "should be above 1",
     )
+
+
+def test_the_prior_tells_and_can_be_stopped(pair: Pair) -> None:
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if (progress.stage, progress.step) == ("prior", 3):
+            raise KeyboardInterrupt
+
+    wanted = pixels(pair[1], **STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        pair[1].generate("another", num_images=2, callback=stop, **STEPS)
+    told = [(progress.stage, progress.step, progress.total) for progress in seen]
+    assert told == [("prior", step, 4) for step in (1, 2, 3)]
+    assert seen[0].sample.shape[0] == 2
+    assert not seen[0].sample.flags.writeable
+    assert np.array_equal(pixels(pair[1], **STEPS), wanted)
+
+
+def test_within_a_memory_limit(pair: Pair) -> None:
+    """One component after the other, and for a prompt that was encoded before without the text encoder."""
+    bundle, image, limit = pair[1].bundle, picture(64, 64), 1_900_000_000
+    opener = Opener(bundle, "ort", threads=1, memory_limit=limit)
+    sessions = {role: opener.open(role) for role in ("text_encoder", "prior", "denoiser", "vae_decoder")}
+    with Pipeline(
+        bundle,
+        sessions,
+        backend="ort",
+        opens=opener.open,
+        memory_limit=limit,
+        weigh=lambda _: Footprint(10**9, 10**9),  # so that there is no room for two
+    ) as limited:
+        for settings in ({}, {"image": image}, {"negative_prompt": NEGATIVE, "num_images": 2}):
+            assert np.array_equal(pixels(limited, **settings, **STEPS), pixels(pair[1], **settings, **STEPS))
+        memory = limited.generate("a cat", seed=1, **STEPS).memory
+        assert memory is not None
+        assert memory.loaded == ("text_encoder", "prior", "denoiser", "vae_decoder")
+        assert memory.peak <= limit
+        memory = limited.generate("a cat", seed=2, **STEPS).memory
+        assert memory is not None
+        assert "text_encoder" not in memory.loaded
 
 
 def test_a_prior_without_settings(kandinsky_bundle: Bundle, tmp_path: Path) -> None:

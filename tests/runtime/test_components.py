@@ -102,6 +102,24 @@ def test_pictures_are_the_same(opens: Opens, limit: int) -> None:
         assert paint(limited, **request) == paint(free, **request)
 
 
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_a_real_model_one_component_at_a_time(backend: str) -> None:
+    request: dict[str, Any] = {"num_inference_steps": 3, "seed": 4, "num_images": 2}
+    with Pipeline.open("shapes", backend=backend, threads=1, memory_limit="1TB") as pipeline:
+        roomy = pipeline.generate(PROMPT, **request)
+    assert roomy.memory is not None
+    limit = max(roomy.memory.components.values())
+    with Pipeline.open(
+        "shapes", backend=backend, threads=1, memory_limit=limit, embedding_cache=0
+    ) as pipeline:
+        results = [pipeline.generate(PROMPT, **request) for _ in range(2)]
+    for result in results:
+        assert result.memory is not None
+        assert result.memory.peak <= limit
+        assert result.memory.unloaded
+        assert [image.tobytes() for image in result.images] == [image.tobytes() for image in roomy.images]
+
+
 def test_with_room_for_all_nothing_goes(opens: Opens, log: list[str]) -> None:
     pipeline = opens(5000 * MB)
     assert log == []  # lazily
@@ -333,7 +351,7 @@ def test_without_a_limit_sessions_are_the_backends_own(log: list[str]) -> None:
     components = make_components(log, None, {"a": 100})
     assert isinstance(components.sessions["a"], Counted)
     assert components.report() is None
-    with pytest.raises(RequestError, match="without a b"):
+    with pytest.raises(RequestError, match="this pipeline was made without a b: it takes no picture"):
         components.open("b")
 
 

@@ -28,6 +28,7 @@ from allaprima.runtime import Pipeline, exchange
 from allaprima.runtime.cuda import CudaMemory, Gpu, Graph, default_gpu, use
 from allaprima.runtime.exchange import Lent, borrow
 from allaprima.runtime.flavours import load
+from allaprima.runtime.footprint import Footprint
 from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
 STREAM, CAPTURING = 7, 99
@@ -118,12 +119,31 @@ class Engine:
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.names = [*self.inputs, *(node.name for node in self.session.get_outputs())]
         self.num_io_tensors = len(self.names)
+        self.streamable_weights_size = plan.get("streamable", 0)
+        self.weight_streaming_scratch_memory_size = 0
+        self.contexts, self._budget = 0, self.streamable_weights_size
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
+    @property
+    def device_memory_size_v2(self) -> int:
+        return int(self.plan["need"]) + (256 if self._budget < self.streamable_weights_size else 0)
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return int(self._budget)
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        assert not self.contexts
+        assert 0 <= budget <= self.streamable_weights_size
+        self._budget = budget
+        self.weight_streaming_scratch_memory_size = 128
+
     def create_execution_context(self, strategy: object) -> "Context":
         assert strategy == "user"
+        self.contexts += 1
         return Context(self)
 
 
@@ -371,6 +391,46 @@ def test_plan_that_cannot_be_loaded(bundle: Bundle, tmp_path: Path) -> None:
     session.close()
     with pytest.raises(BackendError, match="closed"):
         session.bind(block.tensors)
+
+
+@pytest.mark.parametrize(
+    ("limit", "streamable", "budget"),
+    [(None, 1000, 1000), (10**6, 1000, 1000), (4_200, 1000, None), (10, 1000, 0), (10, 0, 0)],
+)
+def test_the_budget_of_streamed_weights_follows_the_limit(
+    bundle: Bundle, tmp_path: Path, limit: int | None, streamable: int, budget: int | None
+) -> None:
+    gpu = LazyGpu()
+    file = write_plan(bundle, "vae_decoder", tmp_path, {"B": (1, 1, 1), **sides(8, 4)})
+    plan = {**json.loads(file.path.read_text()), "streamable": streamable}
+    file.path.write_text(json.dumps(plan))
+    session = TensorrtSession(
+        [file], bundle.component("vae_decoder"), gpu, make_module(gpu), memory_limit=limit
+    )
+    layout = {"sample": ((1, 4, 8, 4), np.float32), "image": ((1, 64, 32, 3), np.uint8)}
+    session.bind(session.memory.allocate(layout).tensors)
+    (engine,) = vars(session)["_engines"].values()
+    if budget is None:  # what is left beside the rest of the plan, activations, and the streaming's own
+        budget = 4_200 - (file.path.stat().st_size - streamable) - NEED["vae_decoder"] - 256 - 128
+        assert 0 < budget < streamable
+    assert engine.weight_streaming_budget_v2 == budget
+
+
+def test_within_a_memory_limit(bundle: Bundle, tmp_path: Path) -> None:
+    """Weights go while the device still has work queued that needs them: it must be waited for."""
+    gpu, request = LazyGpu(), REQUESTS[1]
+    with open_pipeline(bundle, LazyGpu(), tmp_path) as plain:
+        wanted = pixels(plain.generate("a red circle", seed=5, **request))
+    whole = {role: Footprint(10**9, 10**9) for role in NEED}
+    limits: dict[str, Any] = {"memory_limit": 1_500_000_000, "weigh": whole.__getitem__}
+    with open_pipeline(bundle, gpu, tmp_path, **limits) as device:
+        for _ in range(2):
+            result = device.generate("a red circle", seed=5, **request)
+            assert result.memory is not None
+            assert result.memory.loaded == tuple(NEED)
+            assert pixels(result) == wanted
+            held = [role for role, each in device._components.sessions.items() if vars(each)["_loaded"]]
+            assert held == ["vae_decoder"]
 
 
 def test_blocks_keep_what_was_pushed() -> None:
