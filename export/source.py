@@ -138,6 +138,7 @@ def _model_class(part: str, name: str) -> Any:
     known = {
         ("text_encoder", "CLIPTextModel"): transformers.CLIPTextModel,
         ("text_encoder", "CLIPTextModelWithProjection"): transformers.CLIPTextModelWithProjection,
+        ("text_encoder", "T5EncoderModel"): transformers.T5EncoderModel,
         ("text_encoder_2", "CLIPTextModelWithProjection"): transformers.CLIPTextModelWithProjection,
         ("image_encoder", "CLIPVisionModelWithProjection"): transformers.CLIPVisionModelWithProjection,
         ("prior", "PriorTransformer"): diffusers.PriorTransformer,
