@@ -29,7 +29,9 @@ class MaskedDenoiser(Denoiser):
     and a mask of zeros behind them, more rows change nothing.
     """
 
-    def __init__(self, unet: torch.nn.Module, conditions: Sequence[str] = (), options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, unet: torch.nn.Module, conditions: Sequence[str] = (), options: Sequence[str] = ()
+    ) -> None:
         super().__init__(unet, conditions, options)
         diffusers_unet: Any = unet
         diffusers_unet.set_attn_processor(_attend)
@@ -38,15 +40,14 @@ class MaskedDenoiser(Denoiser):
         self, sample: Tensor, timestep: Tensor, guidance: Tensor, states: Tensor, named: dict[str, Tensor]
     ) -> Tensor:
         branches, kind = guidance.shape[0], self.precision
-        output = self._run(
+        output: Tensor = self._run(
             sample.unsqueeze(0).expand(branches, -1, -1, -1, -1).flatten(0, 1).to(kind),
             timestep.unsqueeze(0).expand(branches, -1).flatten(),
             states.to(kind),
             ((1 - named["encoder_attention_mask"]) * _MASKED).unsqueeze(1).to(kind),
             named["pooling_weights"].unsqueeze(1),
         )
-        made: Tensor = output.float().unflatten(0, guidance.shape)
-        return made
+        return output.float().reshape(*guidance.shape, *sample.shape[1:])
 
     def _run(self, sample: Tensor, timestep: Tensor, states: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
         """The UNet's forward, but for the query of the pooling; `mask` and `weights` are [N,1,L]."""

@@ -298,7 +298,7 @@ def write_tiny_kandinsky3(folder: Path, *, kind: str = "Kandinsky3Pipeline", **u
                 "groups": 2,
                 "attention_head_dim": 16,
                 "layers_per_block": 2,
-                "block_out_channels": (32, 48, 64),
+                "block_out_channels": (32, 64),
                 "cross_attention_dim": 32,
                 "encoder_hid_dim": 32,
                 **unet,

@@ -171,7 +171,11 @@ def step_of(lengths: tuple[int, ...], rows: int) -> Arrays:
     """Inputs of a step on samples whose texts have so many tokens, in so many rows; sample i is always it."""
     random, lanes = [torch.Generator().manual_seed(index) for index in range(len(lengths))], len(lengths)
     sample = torch.stack([torch.randn(4, 8, 8, generator=each) for each in random])
-    states, mask, pooling = torch.zeros(2, lanes, rows, 32), torch.zeros(2, lanes, rows), torch.zeros(2, lanes, rows)
+    states, mask, pooling = (
+        torch.zeros(2, lanes, rows, 32),
+        torch.zeros(2, lanes, rows),
+        torch.zeros(2, lanes, rows),
+    )
     for lane, length in enumerate(lengths):
         states[1, lane, :length] = torch.randn(length, 32, generator=random[lane])
         mask[1, lane, :length] = 1
@@ -299,7 +303,7 @@ def test_the_command_paints(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 100}, "height 100 is not a multiple of 32: the nearest valid sizes are 96 and 128"),
+        ({"height": 100}, "height 100 is not a multiple of 16: the nearest valid sizes are 96 and 112"),
         ({"clip_skip": 1}, "clip_skip is 1, but this model's text encoder cannot take it"),
         ({"long_prompts": True}, "long_prompts is True, but this model's text encoder cannot take it"),
         ({"prompt_weights": True}, "prompt_weights is True, but this model's text encoder cannot take it"),
