@@ -65,6 +65,8 @@ def _draw(
 ) -> NDArray[Any]:
     if spec.dtype == "int64":
         return random.integers(0, vocabulary, shape)
+    if spec.name.endswith("attention_mask"):
+        return np.ones(shape, np.float32)
     if spec.name == "timestep":
         return random.uniform(0, 999, shape).astype(np.float32)
     if spec.name == "time_ids":
