@@ -108,14 +108,20 @@ class Defaults(Record):
 class TokenizerSpec(Record):
     """`file` is a tokenizer.json of the `tokenizers` library.
 
-    A prompt becomes `length` ids: `bos`, the text, `eos`, then as many `pad` as it takes.
+    A prompt becomes `length` ids: `bos` (None where the model has none), the text, `eos`, then as many `pad`
+    as it takes.
     """
 
     file: str
     length: int
-    bos: int
+    bos: int | None
     eos: int
     pad: int
+
+    @property
+    def room(self) -> int:
+        """How many tokens of text fit."""
+        return self.length - (1 if self.bos is None else 2)
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,9 @@ class Manifest(Record):
     """The whole contract between export, build and run.
 
     `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder, and in
-    larger models text_encoder_2; of "kandinsky-2.2" also prior, with prior/settings.json. `precision` is
-    the denoiser's; each component has its own. `tokenizers` belong to the text encoders, under the same
-    names. `zero_negative`: no negative prompt means a condition of zeros, not that of an empty text.
+    larger models text_encoder_2; "kandinsky-3" has the first four, "kandinsky-2.2" also prior, with
+    prior/settings.json. `precision` is the denoiser's; each component has its own. `tokenizers` belong to
+    the text encoders, under the same names. `zero_negative`: no negative prompt means a condition of zeros, not that of an empty text.
     `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the number of earlier
     predictions that the denoiser takes. `preview` is None where the autoencoder's latents are not finite.
     `versions` says what made it. `files` lists every file but bundle.json, by its path with `/`; a

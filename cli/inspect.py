@@ -53,7 +53,7 @@ def _show_bundle(bundle: Bundle, options: argparse.Namespace) -> None:
         "pictures": f"{defaults.width}x{defaults.height}; both sides multiples of {latent.multiple}",
         "scheduler": manifest.scheduler.get("_class_name", "unknown"),
         "sampling": f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}",
-        "prompt": f"up to {manifest.length - 2} tokens",
+        "prompt": f"up to {next(iter(manifest.tokenizers.values())).room} tokens",
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     print_table(("", ""), facts.items(), title=str(bundle.folder))

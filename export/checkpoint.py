@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest, Preview
-from allaprima.export import kandinsky, parity
+from allaprima.export import kandinsky, kandinsky3, parity
 from allaprima.export.family import Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.presets import Usage
@@ -54,7 +54,7 @@ def export_checkpoint(
     text_encoder_weights: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
-    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2, to a bundle.
+    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2 or 3, to a bundle.
 
     Args:
         source: a diffusers folder, a hub id, or a single file in the original layout.
@@ -97,7 +97,8 @@ def _read(checkpoint: Checkpoint, prior: Checkpoint | None, *, thresholding: boo
         return kandinsky.read_family(checkpoint, prior, thresholding=thresholding)
     if prior is not None:
         raise ExportError(f"the checkpoint is a {checkpoint.pipeline}, which takes no prior: leave it out")
-    return read_family(checkpoint, thresholding=thresholding)
+    reads = kandinsky3.read_family if kandinsky3.knows(checkpoint.pipeline) else read_family
+    return reads(checkpoint, thresholding=thresholding)
 
 
 def _export(

@@ -114,7 +114,9 @@ def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # Only what is read: a repository may also hold the same weights in other precisions and as one file.
-    wanted = [f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "safetensors")]
+    wanted = [
+        f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "model", "safetensors")
+    ]
     unwanted = ["*.fp16*", "*.bf16*", "*.non_ema*"]
     try:
         return Path(
@@ -143,6 +145,7 @@ def _model_class(part: str, name: str) -> Any:
         ("image_encoder", "CLIPVisionModelWithProjection"): transformers.CLIPVisionModelWithProjection,
         ("prior", "PriorTransformer"): diffusers.PriorTransformer,
         ("unet", "UNet2DConditionModel"): diffusers.UNet2DConditionModel,
+        ("unet", "Kandinsky3UNet"): diffusers.Kandinsky3UNet,
         ("vae", "AutoencoderKL"): diffusers.AutoencoderKL,
         ("movq", "VQModel"): diffusers.VQModel,
         ("safety_checker", "StableDiffusionSafetyChecker"): StableDiffusionSafetyChecker,

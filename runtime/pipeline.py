@@ -200,7 +200,7 @@ class Pipeline:
             )
             told.draw(beginning.streams)
             kept = beginning.write(denoiser)
-            _guide(denoiser, settings)
+            _guide(denoiser, settings, conventions_of(manifest).guidance_offset)
             told.write(denoiser)
             _tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
@@ -331,9 +331,9 @@ def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
     return {"seed": settings.seed, "variation_seed": settings.variation_seed + index}
 
 
-def _guide(denoiser: Denoiser, settings: Settings) -> None:
-    """Write the weights of the guidance branches."""
-    scale = settings.guidance_scale
+def _guide(denoiser: Denoiser, settings: Settings, offset: float) -> None:
+    """Write the weights of the guidance branches; `offset` as of Conventions."""
+    scale = settings.guidance_scale + offset
     denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
     if denoiser.guidance_rescale is not None:
         denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0

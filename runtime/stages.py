@@ -88,6 +88,9 @@ class TextEncoder:
         """
         given, made, binding = self._bind(len(chunks))
         given.tensors["input_ids"].array[...] = [chunk.ids for chunk in chunks]
+        if "attention_mask" in given.tensors:
+            places = np.arange(self.tokenizer.length)
+            given.tensors["attention_mask"].array[...] = [places < chunk.filled for chunk in chunks]
         if self._states is not None:
             layer_weights = given.tensors["layer_weights"].array
             layer_weights[...] = 0
