@@ -48,8 +48,10 @@ class Meter:
         self._stage, self._started = stage, now
 
 
-def measure_export(checkpoint: Path, bundle: Path, precision: str, threads: int) -> list[Cost]:
+def measure_export(checkpoint: Path, bundle: Path, threads: int, **options: str | None) -> list[Cost]:
     """Export, and what each stage cost, the import of the libraries first. To be called in a new process.
+
+    `options` are those of `export_checkpoint`.
 
     Raises:
         ExportError, BundleError: as `export_checkpoint`.
@@ -63,9 +65,9 @@ def measure_export(checkpoint: Path, bundle: Path, precision: str, threads: int)
     export_checkpoint(
         str(checkpoint),
         bundle,
-        precision=precision,
         overwrite=True,
         progress=lambda progress: meter.enter(progress.stage),
+        **options,
     )
     meter.enter("end")
     return meter.costs
@@ -118,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path)
     export.add_argument("bundle", type=Path, help="the bundle to write, or to replace")
     export.add_argument("--precision", default="fp16", choices=("fp16", "fp32", "bf16"))
+    export.add_argument("--prior", help="of a Kandinsky decoder: the folder of its prior")
+    export.add_argument("--text-encoder-weights", choices=("int8",), help="see: allaprima export --help")
     export.add_argument("--threads", type=int, default=read_machine().cores, help="for torch (all cores)")
     build = commands.add_parser("build", help="bundle to engines, in an empty cache")
     build.set_defaults(measure=_build)
@@ -132,15 +136,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace, command: str) -> str:
-    costs = in_new_process(
-        measure_export, options.checkpoint, options.bundle, options.precision, options.threads
-    )
+    what = {
+        "precision": options.precision,
+        "prior": options.prior,
+        "text_encoder_weights": options.text_encoder_weights,
+    }
+    what = {option: value for option, value in what.items() if value is not None}
+    costs = in_new_process(measure_export, options.checkpoint, options.bundle, options.threads, **what)
     model = options.checkpoint.resolve().name
-    what = {"precision": options.precision}
+    kind = "-".join(filter(None, (options.precision, options.text_encoder_weights)))
+    text = options.text_encoder_weights and f", the text encoders' weights to {options.text_encoder_weights}"
     return _write(
         options.results,
-        f"export-{model}-{options.precision}",
-        f"{model} to {options.precision}.",
+        f"export-{model}-{kind}",
+        f"{model} to {options.precision}{text or ''}.",
         stamp(command, model, options.threads) | what,
         costs,
     )
