@@ -197,7 +197,7 @@ def _write_shards(weights: dict[str, torch.Tensor], path: Path, random: torch.Ge
             size = 0
         shards[-1][name] = weight
         size, total = size + weight.nbytes, total + weight.nbytes
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         numbered = f"{path.stem}-{number:05}-of-{len(shards):05}{path.suffix}"
         file = path.name if len(shards) == 1 else numbered

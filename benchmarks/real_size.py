@@ -48,7 +48,7 @@ class Meter:
         self._stage, self._started = stage, now
 
 
-def measure_export(checkpoint: Path, bundle: Path, threads: int, **options: str | None) -> list[Cost]:
+def measure_export(checkpoint: Path, bundle: Path, threads: int, **options: Any) -> list[Cost]:
     """Export, and what each stage cost, the import of the libraries first. To be called in a new process.
 
     `options` are those of `export_checkpoint`.
@@ -74,9 +74,17 @@ def measure_export(checkpoint: Path, bundle: Path, threads: int, **options: str 
 
 
 def measure_build(
-    bundle: Path, backend: str, sizes: str, batch: str, targets: tuple[str, ...], cache: Path
+    bundle: Path,
+    backend: str,
+    sizes: str,
+    batch: str,
+    targets: tuple[str, ...],
+    components: tuple[str, ...],
+    cache: Path,
 ) -> list[Cost]:
     """Compile into an empty cache, and what each stage cost. To be called in a new process.
+
+    `components` are those to compile; none is all.
 
     Raises:
         BackendError, BuildError, BundleError, RequestError: as `build_bundle`.
@@ -90,6 +98,7 @@ def measure_build(
         sizes=parse_sizes(sizes),
         batch=parse_range(batch),
         options=Options(targets),
+        components=components,
         cache=cache,
         progress=lambda progress: meter.enter(progress.stage),
     )
@@ -130,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--shapes", default="512x512", help="see: allaprima build --help (512x512)")
     build.add_argument("--batch", default="1", help="see: allaprima build --help (1)")
     build.add_argument("--target", default="8.9", help="see: allaprima build --help (8.9)")
+    build.add_argument("--components", help="see: allaprima build --help (all)")
     for command in (export, build):
         command.add_argument("--results", type=Path, default=RESULTS, help="where results go")
     return parser
@@ -166,6 +176,7 @@ def _build(options: argparse.Namespace, command: str) -> str:
             options.shapes,
             options.batch,
             targets,
+            tuple(options.components.split(",")) if options.components else (),
             Path(cache),
         )
         sizes = {
