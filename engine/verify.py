@@ -102,6 +102,10 @@ def open_reference(bundle: Bundle, name: str, backend: str) -> Session:
     component = bundle.component(name)
     if not compiles(backend):
         backend = "openvino" if component.precision == "bf16" else "ort"
+    if component.float32_graph is not None and any(
+        each.name == "ort" and each.available for each in backends()
+    ):
+        backend = "ort"  # in float32, from weights that stay in their file
     info = next(info for info in backends() if info.name == choose(backend))
     if "fp32" not in info.precisions:
         raise BackendError(f"{backend} cannot compute in fp32 here, so its engines cannot be verified")
