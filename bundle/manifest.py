@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, Self
 
 from allaprima.bundle.errors import BundleError
-from allaprima.bundle.record import Record
+from allaprima.bundle.record import LATER, Record
 
 SCHEMA = 2
 """The schema that this version writes and reads."""
@@ -56,6 +56,9 @@ class Component(Record):
 
     `graph` is its path in the bundle, `precision` that of its weights: "fp32", "fp16" or "bf16".
     `overflows_fp16`: its values leave the range of fp16, so it must be computed in another precision.
+    `weights` is "int8" where those of matrix products are stored so, None where all are in `precision`.
+    `float32_graph`, beside `graph`, computes the same in float32 over the same weights, for processors
+    without bf16; None where there is none.
     """
 
     graph: str
@@ -64,6 +67,8 @@ class Component(Record):
     outputs: tuple[TensorSpec, ...]
     parity: tuple[Parity, ...]
     overflows_fp16: bool = False
+    weights: str | None = field(default=None, metadata=LATER)
+    float32_graph: str | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,8 @@ class Manifest(Record):
 
     def required(self) -> tuple[str, ...]:
         """The files that the manifest itself refers to: the graphs and the tokenizers."""
-        graphs = (component.graph for component in self.components.values())
+        components = self.components.values()
+        graphs = [graph for each in components for graph in (each.graph, each.float32_graph) if graph]
         return (*graphs, *(tokenizer.file for tokenizer in self.tokenizers.values()))
 
 

@@ -46,6 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prior", metavar="CHECKPOINT", help="of a Kandinsky decoder: the folder or hub id of its prior"
     )
+    parser.add_argument(
+        "--text-encoder-weights",
+        choices=("int8",),
+        help="quantize those of the text encoders' matrix products (default: as --precision)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 
@@ -70,11 +75,16 @@ def run(options: argparse.Namespace) -> None:
             thresholding=options.thresholding,
             usage=Usage(options.preset, options.steps, options.guidance),
             prior=options.prior,
+            text_encoder_weights=options.text_encoder_weights,
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:
         manifest = bundle.manifest
         size = show_bytes(sum(entry.size for entry in manifest.files.values()))
+        for name, component in manifest.components.items():
+            if component.weights is not None:
+                worst = max(parity.relative for parity in component.parity)
+                print(f"{name}: {component.weights} weights, off by at most {worst:.2g} standard deviations")
         print(
             f"{options.target}: {manifest.name}, {manifest.precision}, {size} in {len(manifest.files)} files"
         )

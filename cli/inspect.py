@@ -66,7 +66,8 @@ def _show_bundle(bundle: Bundle, options: argparse.Namespace) -> None:
 def _row(name: str, component: Component) -> tuple[str, ...]:
     worst = max((parity.relative for parity in component.parity), default=None)
     error = "not measured" if worst is None else f"{worst:.1e} of the deviation"
-    return name, component.precision, _list(component.inputs), _list(component.outputs), error
+    weights = ", ".join(filter(None, (component.precision, component.weights)))
+    return name, weights, _list(component.inputs), _list(component.outputs), error
 
 
 def _list(specs: tuple[TensorSpec, ...]) -> str:

@@ -7,7 +7,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
 from allaprima.export.step import HISTORY
+from allaprima.export.widening import write_widened
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -50,6 +51,7 @@ def export_checkpoint(
     thresholding: bool = False,
     usage: Usage | None = None,
     prior: str | None = None,
+    text_encoder_weights: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2 or 3, to a bundle.
@@ -65,6 +67,7 @@ def export_checkpoint(
         thresholding: give the denoiser dynamic thresholding, for the scheduler option of that name, even if
             the checkpoint's own scheduler does not ask for it.
         usage: the defaults that pictures are painted with; None is the checkpoint's own.
+        text_encoder_weights: "int8" quantizes those of the text encoders' matrix products; None does not.
         prior: of Kandinsky, the folder or hub id of the prior if `source` is the decoder alone.
         progress: called before each stage.
 
@@ -74,12 +77,17 @@ def export_checkpoint(
     """
     if precision not in DTYPES:
         raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
+    if text_encoder_weights not in (None, "int8"):
+        raise ExportError(
+            f"unknown text_encoder_weights '{text_encoder_weights}': choose int8, or leave it out"
+        )
     with (
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
     ):
         read = _read(checkpoint, None if prior is None else open_checkpoint(prior), thresholding=thresholding)
         family = (usage or Usage()).apply(read)
+        family = replace(family, text_encoder_weights=text_encoder_weights)
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
@@ -159,12 +167,17 @@ def _export_component(
     plan = make()
     stages.enter(f"{part}: trace")
     graph = f"{part}/model.onnx"
-    write_graph(plan, folder / graph)
+    weights = family.weights(part)
+    write_graph(plan, folder / graph, int8=weights == "int8")
+    wide = f"{part}/float32.onnx" if family.overflows(part) and precision == "bf16" else None
+    if wide is not None:
+        write_widened(folder / graph, folder / wide)
     gc.collect()
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))
-    errors = parity.check(part, folder / graph, precision, trials)
-    return Component(graph, precision, plan.inputs, plan.outputs, errors, family.overflows(part))
+    errors = parity.check(part, folder / graph, precision, trials, weights)
+    overflows = family.overflows(part)
+    return Component(graph, precision, plan.inputs, plan.outputs, errors, overflows, weights, wide)
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:

@@ -34,6 +34,10 @@ class Kandinsky3(Family):
 
     name: ClassVar[str] = "kandinsky-3"
 
+    def overflows(self, component: str) -> bool:
+        """The text encoder's values leave the range of fp16."""
+        return component in self.texts
+
     def _text_encoder(self, role: str, dtype: torch.dtype) -> GraphPlan:
         text = self.texts[role]
         return plan_t5(text.checkpoint, text.part, text.tokenizer, text.width, dtype)

@@ -17,8 +17,8 @@ from allaprima.export.source import Checkpoint
 class T5Encoder(torch.nn.Module):
     """T5's encoder (Raffel et al. 2020, arXiv:1910.10683) over transformers' modules.
 
-    input_ids int64 [B,T] and attention_mask float32 [B,T], 1 or 0, to last_hidden_state float32 [B,T,D], whose
-    rows are zero where the mask is. The matrix products are computed in the weights' dtype. What is between
+    input_ids int64 [B,T] and attention_mask float32 [B,T], 1 or 0, to last_hidden_state float32 [B,T,D], with
+    zeros where the mask has them. The matrix products are computed in the weights' dtype. What is between
     them is float32: in a trained encoder the sum of the layers' outputs passes the largest number of fp16.
     """
 
@@ -56,7 +56,8 @@ class T5Encoder(torch.nn.Module):
 def _normalize(norm: Any, hidden: Tensor) -> Tensor:
     """Divide by the root of the mean square, in float32."""
     size = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return hidden * size * norm.weight.float()
+    normed: Tensor = hidden * size * norm.weight.float()
+    return normed
 
 
 def _attend(attention: Any, hidden: Tensor, bias: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
         "thresholding": False,
         "usage": Usage(None, None, None),
         "prior": None,
+        "text_encoder_weights": None,
     }
     assert outcome.out == f"{target}: tiny, fp16, 7.0 kB in 3 files\n"
     refused = allaprima("export", "models/x", str(target))
