@@ -35,7 +35,7 @@ def measure_error(
     extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side, "L": bundle.manifest.length}
     if profile is not None:
         extents |= {axis: best for axis, (_, best, _) in profile.extents.items()}
-    # All ids up to a special token's have an embedding. CLIP's are the last of its vocabulary, T5's the first.
+    # All ids up to a special token's have an embedding. CLIP's are its last, T5's its first.
     specials = [1 + max(each.bos or 0, each.eos, each.pad) for each in bundle.manifest.tokenizers.values()]
     inputs = draw_inputs(component, extents, min(specials))
     precision = engine.precision

@@ -56,7 +56,7 @@ def read_tokenizer(checkpoint: Checkpoint, part: str, length: int, *, bos: bool 
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in needed}
     if None in ids.values():
         raise ExportError(
-            f"the {part} lacks {'a beginning, ' * bos}an end or a padding token: its configuration is incomplete"
+            f"the {part} lacks {'a beginning, ' * bos}an end or a padding token: it is incomplete"
         )
     length = min(length, tokenizer.model_max_length)
     return TokenizerSpec(f"{part}/tokenizer.json", length, **{"bos": None, **ids})

@@ -40,14 +40,15 @@ class MaskedDenoiser(Denoiser):
         self, sample: Tensor, timestep: Tensor, guidance: Tensor, states: Tensor, named: dict[str, Tensor]
     ) -> Tensor:
         branches, kind = guidance.shape[0], self.precision
-        output: Tensor = self._run(
+        output: Any = self._run(
             sample.unsqueeze(0).expand(branches, -1, -1, -1, -1).flatten(0, 1).to(kind),
             timestep.unsqueeze(0).expand(branches, -1).flatten(),
             states.to(kind),
             ((1 - named["encoder_attention_mask"]) * _MASKED).unsqueeze(1).to(kind),
             named["pooling_weights"].unsqueeze(1),
         )
-        return output.float().reshape(*guidance.shape, *sample.shape[1:])
+        made: Tensor = output.float().unflatten(0, guidance.shape)
+        return made
 
     def _run(self, sample: Tensor, timestep: Tensor, states: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
         """The UNet's forward, but for the query of the pooling; `mask` and `weights` are [N,1,L]."""
@@ -72,7 +73,7 @@ class MaskedDenoiser(Denoiser):
 def _attend(
     attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """What an attention of diffusers does, with its mask [N,1,L] for every query: backends do not spread it."""
+    """An attention of diffusers, its mask [N,1,L] repeated for every query: ONNX Runtime does not do it."""
     query, key, value = (
         project(states).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         for project, states in (

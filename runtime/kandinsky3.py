@@ -60,7 +60,7 @@ class MaskedTexts:
     """The texts of one request, as Told; `negative` None is no text at all, not even an empty one.
 
     Every prompt has all the rows that the longest may have, so that one shape of the denoiser is enough: with
-    the mask and the weights of the pooling (see `allaprima.export.masked`) those beyond its own count nothing.
+    the mask and the weights of the pooling (see `allaprima.export.masked`) those beyond its own do nothing.
     """
 
     family: Kandinsky3

@@ -23,7 +23,7 @@ from allaprima.runtime import Pipeline, Result, read_parameters
 from allaprima.runtime.kandinsky3 import MASK, POOLING, STATES
 from allaprima.runtime.tokenizer import Tokenizer
 
-from .conftest import make_t5_tokenizer, write_tiny_kandinsky3
+from .conftest import make_t5_tokenizer
 from .test_parity import Pictures, picture, psnr
 
 PROMPT = "a small red circle above a blue square on a white background"
@@ -353,7 +353,7 @@ def test_it_takes_no_prior(kandinsky3_checkpoint: Path, prior_checkpoint: Path, 
 def test_another_tokenizer_is_refused(kandinsky3_checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(kandinsky3_checkpoint, tmp_path / "copy")
     (copy / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(ExportError, match="tokenizer in .* cannot be loaded"):
+    with pytest.raises(ExportError, match=r"tokenizer in .* cannot be loaded"):
         read_family(open_checkpoint(str(copy)))
 
 
