@@ -357,6 +357,16 @@ def test_another_tokenizer_is_refused(kandinsky3_checkpoint: Path, tmp_path: Pat
         read_family(open_checkpoint(str(copy)))
 
 
+def test_a_sentencepiece_model_needs_its_library(
+    kandinsky3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(kandinsky3_checkpoint, tmp_path / "copy")
+    (copy / "tokenizer" / "tokenizer.json").rename(copy / "tokenizer" / "spiece.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"spiece\.model.* pip install sentencepiece"):
+        read_family(open_checkpoint(str(copy)))
+
+
 def test_the_published_sizes(kandinsky3_checkpoint: Path, tmp_path: Path) -> None:
     """Image to image is the same model, and a UNet of four levels paints multiples of 64 pixels."""
     channels = {"block_out_channels": [384, 768, 1536, 3072]}

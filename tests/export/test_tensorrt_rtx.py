@@ -115,7 +115,7 @@ def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path
         ("tiny_bf16_bundle", {"bf16"}),
         ("xl_half_bundle", {"fp16", "fp32"}),
         ("kandinsky_half_bundle", {"fp16"}),
-        ("kandinsky3_half_bundle", {"fp16"}),
+        ("kandinsky3_half_bundle", {"fp16", "bf16"}),
     ],
     ids=["fp32", "bf16", "both", "kandinsky", "kandinsky3"],
 )
