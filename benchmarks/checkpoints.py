@@ -3,6 +3,9 @@
 ```
 python -m allaprima.benchmarks.checkpoints build/benchmarks/sd15-random
 python -m allaprima.benchmarks.checkpoints build/benchmarks/sdxl-random --model sdxl
+python -m allaprima.benchmarks.checkpoints build/benchmarks/kandinsky22-random --model kandinsky22
+python -m allaprima.benchmarks.checkpoints build/benchmarks/kandinsky22-prior-random --model kandinsky22-prior
+python -m allaprima.benchmarks.checkpoints build/benchmarks/kandinsky3-random --model kandinsky3
 ```
 """
 
@@ -18,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+SHARD = 5_000_000_000
+"""Bytes of a file of weights, at most."""
 SHAPES = Path(__file__).resolve().parents[1] / "models" / "shapes" / "checkpoint"
 """The checkpoint of the project's own small model."""
 
@@ -100,11 +105,11 @@ def write_sd15(folder: Path, *, seed: int = 0) -> None:
     import diffusers
     import transformers
 
-    _write_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer")
     text = transformers.CLIPTextConfig(**TEXT_ENCODER)
-    _write(folder / "text_encoder", seed, lambda: transformers.CLIPTextModel(text))
-    _write(folder / "unet", seed + 1, lambda: diffusers.UNet2DConditionModel(**UNET))
-    _write(folder / "vae", seed + 2, lambda: diffusers.AutoencoderKL(**VAE))
+    write_model(folder / "text_encoder", seed, lambda: transformers.CLIPTextModel(text))
+    write_model(folder / "unet", seed + 1, lambda: diffusers.UNet2DConditionModel(**UNET))
+    write_model(folder / "vae", seed + 2, lambda: diffusers.AutoencoderKL(**VAE))
     diffusers.PNDMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -125,14 +130,14 @@ def write_sdxl(folder: Path, *, seed: int = 0) -> None:
     import diffusers
     import transformers
 
-    _write_tokenizer(folder / "tokenizer")
-    _write_tokenizer(folder / "tokenizer_2", pad="!")
+    write_clip_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer_2", pad="!")
     first, second = (transformers.CLIPTextConfig(**one) for one in (TEXT_ENCODER, TEXT_ENCODER_2))
-    _write(folder / "text_encoder", seed, lambda: transformers.CLIPTextModel(first))
-    _write(folder / "text_encoder_2", seed + 1, lambda: transformers.CLIPTextModelWithProjection(second))
-    _write(folder / "unet", seed + 2, lambda: diffusers.UNet2DConditionModel(**SDXL_UNET))
+    write_model(folder / "text_encoder", seed, lambda: transformers.CLIPTextModel(first))
+    write_model(folder / "text_encoder_2", seed + 1, lambda: transformers.CLIPTextModelWithProjection(second))
+    write_model(folder / "unet", seed + 2, lambda: diffusers.UNet2DConditionModel(**SDXL_UNET))
     vae = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
-    _write(folder / "vae", seed + 3, lambda: diffusers.AutoencoderKL(**vae))
+    write_model(folder / "vae", seed + 3, lambda: diffusers.AutoencoderKL(**vae))
     diffusers.EulerDiscreteScheduler(**SDXL_SCHEDULER).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionXLPipeline",
@@ -148,7 +153,8 @@ def write_sdxl(folder: Path, *, seed: int = 0) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, pad: str | None = None) -> None:
+def write_clip_tokenizer(folder: Path, pad: str | None = None) -> None:
+    """The tokenizer of `shapes`, padding with its end or with `pad`."""
     if pad is None:
         shutil.copytree(SHAPES / "tokenizer", folder, dirs_exist_ok=True)
         return
@@ -157,25 +163,49 @@ def _write_tokenizer(folder: Path, pad: str | None = None) -> None:
     CLIPTokenizer.from_pretrained(SHAPES / "tokenizer", pad_token=pad).save_pretrained(folder)
 
 
-def _write(folder: Path, seed: int, make: Callable[[], Any]) -> None:
-    """The model's configuration, and random weights under the names and in the shapes of its own."""
+def write_model(folder: Path, seed: int, make: Callable[[], Any]) -> None:
+    """The model's configuration, and random weights under the names and in the shapes of its own.
+
+    Weights of more than `SHARD` bytes are in several files with an index, as published ones are.
+    """
     import torch
 
     from allaprima.export.loading import DIFFUSERS, TRANSFORMERS
-    from allaprima.export.weights import write_weights
 
     with torch.device("meta"):
         model = make().half()
     random = torch.Generator().manual_seed(seed)
-    weights = {name: weight for name, weight in model.state_dict().items() if weight.is_floating_point()}
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        tied = any(weight is other for other in weights.values())
+        if weight.is_floating_point() and not tied:
+            weights[name] = weight
     folder.mkdir(parents=True, exist_ok=True)
     diffusers_own = hasattr(model, "save_config")
     (model.save_config if diffusers_own else model.config.save_pretrained)(folder)
-    write_weights(
-        weights,
-        folder / (DIFFUSERS if diffusers_own else TRANSFORMERS),
-        lambda name: _draw(name, weights[name].shape, random),
-    )
+    _write_shards(weights, folder / (DIFFUSERS if diffusers_own else TRANSFORMERS), random)
+
+
+def _write_shards(weights: dict[str, torch.Tensor], path: Path, random: torch.Generator) -> None:
+    from allaprima.export.weights import write_weights
+
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = total = 0
+    for name, weight in weights.items():
+        if size + weight.nbytes > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = weight
+        size, total = size + weight.nbytes, total + weight.nbytes
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        numbered = f"{path.stem}-{number:05}-of-{len(shards):05}{path.suffix}"
+        file = path.name if len(shards) == 1 else numbered
+        write_weights(shard, path.with_name(file), lambda name: _draw(name, weights[name].shape, random))
+        places |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _draw(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor:
@@ -189,17 +219,35 @@ def _draw(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor
     return (values + 1 if name.endswith("weight") else values).half()
 
 
-MODELS = {"sd15": write_sd15, "sdxl": write_sdxl}
+def _writers() -> dict[str, Callable[..., None]]:
+    from allaprima.benchmarks import kandinsky
+
+    return {
+        "sd15": write_sd15,
+        "sdxl": write_sdxl,
+        "kandinsky22": kandinsky.write_decoder,
+        "kandinsky22-prior": kandinsky.write_prior,
+        "kandinsky3": kandinsky.write_kandinsky3,
+    }
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m allaprima.benchmarks.checkpoints", description=__doc__)
-    parser.add_argument("folder", type=Path, help="the folder to write, 2.1 GB (SDXL 6.9 GB)")
-    parser.add_argument("--model", choices=MODELS, default="sd15")
+    writers = _writers()
+    parser = argparse.ArgumentParser(
+        prog="python -m allaprima.benchmarks.checkpoints",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="the folder to write: 2.1 GB, SDXL 6.9 GB, Kandinsky 2.2 2.6 and 7.1 GB, 3 24 GB",
+    )
+    parser.add_argument("--model", choices=writers, default="sd15")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    MODELS[options.model](options.folder, seed=options.seed)
+    writers[options.model](options.folder, seed=options.seed)
 
 
 if __name__ == "__main__":

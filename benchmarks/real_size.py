@@ -48,8 +48,10 @@ class Meter:
         self._stage, self._started = stage, now
 
 
-def measure_export(checkpoint: Path, bundle: Path, precision: str, threads: int) -> list[Cost]:
+def measure_export(checkpoint: Path, bundle: Path, threads: int, **options: Any) -> list[Cost]:
     """Export, and what each stage cost, the import of the libraries first. To be called in a new process.
+
+    `options` are those of `export_checkpoint`.
 
     Raises:
         ExportError, BundleError: as `export_checkpoint`.
@@ -63,18 +65,26 @@ def measure_export(checkpoint: Path, bundle: Path, precision: str, threads: int)
     export_checkpoint(
         str(checkpoint),
         bundle,
-        precision=precision,
         overwrite=True,
         progress=lambda progress: meter.enter(progress.stage),
+        **options,
     )
     meter.enter("end")
     return meter.costs
 
 
 def measure_build(
-    bundle: Path, backend: str, sizes: str, batch: str, targets: tuple[str, ...], cache: Path
+    bundle: Path,
+    backend: str,
+    sizes: str,
+    batch: str,
+    targets: tuple[str, ...],
+    components: tuple[str, ...],
+    cache: Path,
 ) -> list[Cost]:
     """Compile into an empty cache, and what each stage cost. To be called in a new process.
+
+    `components` are those to compile; none is all.
 
     Raises:
         BackendError, BuildError, BundleError, RequestError: as `build_bundle`.
@@ -88,6 +98,7 @@ def measure_build(
         sizes=parse_sizes(sizes),
         batch=parse_range(batch),
         options=Options(targets),
+        components=components,
         cache=cache,
         progress=lambda progress: meter.enter(progress.stage),
     )
@@ -118,6 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path)
     export.add_argument("bundle", type=Path, help="the bundle to write, or to replace")
     export.add_argument("--precision", default="fp16", choices=("fp16", "fp32", "bf16"))
+    export.add_argument("--prior", help="of a Kandinsky decoder: the folder of its prior")
+    export.add_argument("--text-encoder-weights", choices=("int8",), help="see: allaprima export --help")
     export.add_argument("--threads", type=int, default=read_machine().cores, help="for torch (all cores)")
     build = commands.add_parser("build", help="bundle to engines, in an empty cache")
     build.set_defaults(measure=_build)
@@ -126,21 +139,27 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--shapes", default="512x512", help="see: allaprima build --help (512x512)")
     build.add_argument("--batch", default="1", help="see: allaprima build --help (1)")
     build.add_argument("--target", default="8.9", help="see: allaprima build --help (8.9)")
+    build.add_argument("--components", help="see: allaprima build --help (all)")
     for command in (export, build):
         command.add_argument("--results", type=Path, default=RESULTS, help="where results go")
     return parser
 
 
 def _export(options: argparse.Namespace, command: str) -> str:
-    costs = in_new_process(
-        measure_export, options.checkpoint, options.bundle, options.precision, options.threads
-    )
+    what = {
+        "precision": options.precision,
+        "prior": options.prior,
+        "text_encoder_weights": options.text_encoder_weights,
+    }
+    what = {option: value for option, value in what.items() if value is not None}
+    costs = in_new_process(measure_export, options.checkpoint, options.bundle, options.threads, **what)
     model = options.checkpoint.resolve().name
-    what = {"precision": options.precision}
+    kind = "-".join(filter(None, (options.precision, options.text_encoder_weights)))
+    text = options.text_encoder_weights and f", the text encoders' weights to {options.text_encoder_weights}"
     return _write(
         options.results,
-        f"export-{model}-{options.precision}",
-        f"{model} to {options.precision}.",
+        f"export-{model}-{kind}",
+        f"{model} to {options.precision}{text or ''}.",
         stamp(command, model, options.threads) | what,
         costs,
     )
@@ -157,6 +176,7 @@ def _build(options: argparse.Namespace, command: str) -> str:
             options.shapes,
             options.batch,
             targets,
+            tuple(options.components.split(",")) if options.components else (),
             Path(cache),
         )
         sizes = {

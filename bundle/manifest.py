@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any, Self
 
 from allaprima.bundle.errors import BundleError
-from allaprima.bundle.record import Record
+from allaprima.bundle.record import LATER, Record
 
 SCHEMA = 2
 """The schema that this version writes and reads."""
@@ -56,6 +56,9 @@ class Component(Record):
 
     `graph` is its path in the bundle, `precision` that of its weights: "fp32", "fp16" or "bf16".
     `overflows_fp16`: its values leave the range of fp16, so it must be computed in another precision.
+    `weights` is "int8" where those of matrix products are stored so, None where all are in `precision`.
+    `float32_graph`, beside `graph`, computes the same in float32 over the same weights, for processors
+    without bf16; None where there is none.
     """
 
     graph: str
@@ -64,6 +67,8 @@ class Component(Record):
     outputs: tuple[TensorSpec, ...]
     parity: tuple[Parity, ...]
     overflows_fp16: bool = False
+    weights: str | None = field(default=None, metadata=LATER)
+    float32_graph: str | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,20 @@ class Defaults(Record):
 class TokenizerSpec(Record):
     """`file` is a tokenizer.json of the `tokenizers` library.
 
-    A prompt becomes `length` ids: `bos`, the text, `eos`, then as many `pad` as it takes.
+    A prompt becomes `length` ids: `bos` (None where the model has none), the text, `eos`, then as many `pad`
+    as it takes.
     """
 
     file: str
     length: int
-    bos: int
+    bos: int | None
     eos: int
     pad: int
+
+    @property
+    def room(self) -> int:
+        """How many tokens of text fit."""
+        return self.length - (1 if self.bos is None else 2)
 
 
 @dataclass(frozen=True)
@@ -146,13 +157,14 @@ class Manifest(Record):
     """The whole contract between export, build and run.
 
     `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder, and in
-    larger models text_encoder_2; of "kandinsky-2.2" also prior, with prior/settings.json, image_encoder,
-    likewise, if it was asked for, and hint_encoder if the denoiser takes hints. `precision` is the
-    denoiser's; each component has its own. `tokenizers` belong to the text encoders, under the same names.
-    `zero_negative`: no negative prompt means a condition of zeros, not that of an empty text. `scheduler` is
-    diffusers' scheduler_config.json as it is. `history` is S, the number of earlier predictions that the
-    denoiser takes. `preview` is None where the autoencoder's latents are not finite. `versions` says what
-    made it. `files` lists every file but bundle.json, by its path with `/`; a `BundleWriter` fills it in.
+    larger models text_encoder_2; "kandinsky-3" has the first four, "kandinsky-2.2" also prior, with
+    prior/settings.json, image_encoder, likewise, if it was asked for, and hint_encoder if the denoiser takes
+    hints. `precision` is the denoiser's; each component has its own. `tokenizers` belong to the text
+    encoders, under the same names. `zero_negative`: no negative prompt means a condition of zeros, not that
+    of an empty text. `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the number of
+    earlier predictions that the denoiser takes. `preview` is None where the autoencoder's latents are not
+    finite. `versions` says what made it. `files` lists every file but bundle.json, by its path with `/`; a
+    `BundleWriter` fills it in.
     """
 
     schema: int
@@ -201,7 +213,8 @@ class Manifest(Record):
 
     def required(self) -> tuple[str, ...]:
         """The files that the manifest itself refers to: the graphs and the tokenizers."""
-        graphs = (component.graph for component in self.components.values())
+        components = self.components.values()
+        graphs = [graph for each in components for graph in (each.graph, each.float32_graph) if graph]
         return (*graphs, *(tokenizer.file for tokenizer in self.tokenizers.values()))
 
 

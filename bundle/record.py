@@ -10,6 +10,9 @@ from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from allaprima.bundle.errors import BundleError
 
+LATER: Mapping[str, Any] = {"later": True}
+"""Metadata of a field that its schema had not from the start: where it is absent, its default is meant."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -17,12 +20,17 @@ class Record:
 
     Fields may be `str`, `int`, `float`, `bool`, `Any`, another `Record`, `tuple[X, ...]`, `Mapping[str, X]`
     or a union of these, of which at most one, the first, is a JSON object. Every field must be present in the
-    JSON, even one with a default: a default is a convenience for Python code, never a guess about a file.
+    JSON, even one with a default: a default is a convenience for Python code, never a guess about a file. But
+    a field whose metadata is `LATER` is left out where it has its default.
     """
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and scalars, in the order of the fields."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {
+            field.name: _plain(value)
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default or not _is_later(field)
+        }
 
     @classmethod
     def from_json(cls, value: object, path: str = "") -> Self:
@@ -33,17 +41,26 @@ class Record:
         """
         given = _expect(value, dict, "an object", path)
         kinds = get_type_hints(cls)
+        later = {field.name for field in dataclasses.fields(cls) if _is_later(field)}
         for name in given:
             if name not in kinds:
                 raise BundleError(f"unknown field '{_join(path, name)}'")
         for name in kinds:
-            if name not in given:
+            if name not in given and name not in later:
                 raise BundleError(f"missing field '{_join(path, name)}'")
-        fields = {name: _decode(kind, given[name], _join(path, name)) for name, kind in kinds.items()}
+        fields = {
+            name: _decode(kind, given[name], _join(path, name))
+            for name, kind in kinds.items()
+            if name in given
+        }
         try:
             return cls(**fields)
         except ValueError as error:
             raise BundleError(f"field '{path}': {error}" if path else str(error)) from error
+
+
+def _is_later(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("later"))
 
 
 def _plain(value: Any) -> Any:

@@ -43,6 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CC,...",
         help="compute capabilities to compile for, as in 8.9,12.0 (8.0 and newer; tensorrt-rtx)",
     )
+    parser.add_argument(
+        "--components", metavar="NAME,...", help="build only these, see: allaprima inspect (all)"
+    )
     parser.add_argument("--workspace", metavar="MIB", type=int, help="most scratch memory (both TensorRTs)")
     parser.add_argument("--level", type=int, help="optimisation level, 0 to 5 (both TensorRTs)")
     parser.add_argument(
@@ -73,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
             sizes=parse_sizes(options.shapes) if options.shapes is not None else (),
             batch=parse_range(options.batch) if options.batch is not None else (1, 1),
             options=_tensorrt(options),
+            components=_names(options.components),
             cache=options.output,
             progress=lambda progress: report("build", progress.done, progress.total, progress.stage),
         )
@@ -85,6 +89,10 @@ def run(options: argparse.Namespace) -> None:
         profiles = [row for built in engines for row in _profiles(built)]
         if profiles:
             print_table(("component", "serves"), profiles)
+
+
+def _names(words: str | None) -> tuple[str, ...]:
+    return () if words is None else tuple(word.strip() for word in words.split(","))
 
 
 def _tensorrt(options: argparse.Namespace) -> Options | None:

@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="how a distilled model is sampled: turbo, lightning, lcm or tcd (default: as its files say)",
+        help="how a distilled model is sampled: turbo, lightning, lcm, tcd or flash (default: as its "
+        "files say)",
     )
     parser.add_argument("--steps", metavar="N", type=int, help="the bundle's default number of steps")
     parser.add_argument("--guidance", metavar="SCALE", type=float, help="the bundle's default guidance scale")
@@ -51,6 +52,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of Kandinsky: put the prior's image encoder into the bundle too, for --mix with pictures and "
         "--prior-image",
+    )
+    parser.add_argument(
+        "--text-encoder-weights",
+        choices=("int8",),
+        help="quantize those of the text encoders' matrix products (default: as --precision)",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
@@ -77,11 +83,16 @@ def run(options: argparse.Namespace) -> None:
             usage=Usage(options.preset, options.steps, options.guidance),
             prior=options.prior,
             image_encoder=options.image_encoder,
+            text_encoder_weights=options.text_encoder_weights,
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:
         manifest = bundle.manifest
         size = show_bytes(sum(entry.size for entry in manifest.files.values()))
+        for name, component in manifest.components.items():
+            if component.weights is not None:
+                worst = max(parity.relative for parity in component.parity)
+                print(f"{name}: {component.weights} weights, off by at most {worst:.2g} standard deviations")
         print(
             f"{options.target}: {manifest.name}, {manifest.precision}, {size} in {len(manifest.files)} files"
         )

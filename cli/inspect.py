@@ -53,7 +53,7 @@ def _show_bundle(bundle: Bundle, options: argparse.Namespace) -> None:
         "pictures": f"{defaults.width}x{defaults.height}; both sides multiples of {latent.multiple}",
         "scheduler": manifest.scheduler.get("_class_name", "unknown"),
         "sampling": f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}",
-        "prompt": f"up to {manifest.length - 2} tokens",
+        "prompt": f"up to {next(iter(manifest.tokenizers.values())).room} tokens",
         "written by": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
     print_table(("", ""), facts.items(), title=str(bundle.folder))
@@ -66,7 +66,8 @@ def _show_bundle(bundle: Bundle, options: argparse.Namespace) -> None:
 def _row(name: str, component: Component) -> tuple[str, ...]:
     worst = max((parity.relative for parity in component.parity), default=None)
     error = "not measured" if worst is None else f"{worst:.1e} of the deviation"
-    return name, component.precision, _list(component.inputs), _list(component.outputs), error
+    weights = ", ".join(filter(None, (component.precision, component.weights)))
+    return name, weights, _list(component.inputs), _list(component.outputs), error
 
 
 def _list(specs: tuple[TensorSpec, ...]) -> str:

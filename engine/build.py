@@ -66,10 +66,11 @@ def build_bundle(
     sizes: Sequence[Size] = (),
     batch: tuple[int, int] = (1, 1),
     options: Options | None = None,
+    components: Sequence[str] = (),
     cache: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Built, ...]:
-    """Make sure that the cache holds verified engines of every component.
+    """Make sure that the cache holds verified engines of every component, or of some.
 
     Args:
         bundle: an opened bundle.
@@ -79,17 +80,21 @@ def build_bundle(
             the bundle's default; OpenVINO for all, and for up to two of these alone besides.
         batch: smallest and largest number of pictures in a batch.
         options: of the TensorRT family.
+        components: names of those to build; none is all.
         cache: the cache's folder; None is the user's.
         progress: called before each stage.
 
     Raises:
         BackendError: the backend does not work here, or cannot compute a graph in the precision.
         BuildError: the cache cannot be written, or an engine's outputs are not those of its graph.
-        RequestError: sizes or options that the backend or the model does not have.
+        RequestError: sizes, options or components that the backend or the model does not have.
     """
+    known = bundle.manifest.components
+    if unknown := [name for name in components if name not in known]:
+        raise RequestError(f"the bundle has no component {unknown[0]!r}: choose from {', '.join(known)}")
     toolchain = _toolchain(bundle, backend, precision, sizes, batch, options)
     built = []
-    jobs = toolchain.jobs()
+    jobs = [job for job in toolchain.jobs() if not components or job.component in components]
     for index, job in enumerate(jobs):
         stages = _Stages(progress, job.component, len(toolchain.stages), index, len(jobs))
         built.append(_build(bundle, job, toolchain, cache, stages))

@@ -35,8 +35,8 @@ def measure_error(
     extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side, "L": bundle.manifest.length}
     if profile is not None:
         extents |= {axis: best for axis, (_, best, _) in profile.extents.items()}
-    # The special tokens are the last of CLIP's vocabulary, so all ids up to them have an embedding.
-    specials = [1 + max(each.bos, each.eos, each.pad) for each in bundle.manifest.tokenizers.values()]
+    # All ids up to a special token's have an embedding. CLIP's are its last, T5's its first.
+    specials = [1 + max(each.bos or 0, each.eos, each.pad) for each in bundle.manifest.tokenizers.values()]
     inputs = draw_inputs(component, extents, min(specials))
     precision = engine.precision
     wanted = _run(reference, component, inputs, extents)
@@ -65,10 +65,16 @@ def _draw(
 ) -> NDArray[Any]:
     if spec.dtype == "int64":
         return random.integers(0, vocabulary, shape)
+    if spec.name.endswith("attention_mask"):
+        return np.ones(shape, np.float32)
     if spec.name == "timestep":
         return random.uniform(0, 999, shape).astype(np.float32)
     if spec.name == "time_ids":
         return random.integers(0, 1024, shape).astype(np.float32)
+    if spec.name.endswith("attention_mask"):  # padding in the second half
+        return np.broadcast_to(np.arange(shape[1]) <= shape[1] // 2, shape).astype(np.float32)
+    if spec.name == "pooling_weights":
+        return np.full(shape, 1 / shape[1], np.float32)
     if spec.name == "thresholds":
         return np.stack([np.full(shape[0], 0.9), np.full(shape[0], 1.5)], axis=1).astype(np.float32)
     if spec.name == "bounds":
@@ -100,6 +106,10 @@ def open_reference(bundle: Bundle, name: str, backend: str) -> Session:
     component = bundle.component(name)
     if not compiles(backend):
         backend = "openvino" if component.precision == "bf16" else "ort"
+    if component.float32_graph is not None and any(
+        each.name == "ort" and each.available for each in backends()
+    ):
+        backend = "ort"  # in float32, from weights that stay in their file
     info = next(info for info in backends() if info.name == choose(backend))
     if "fp32" not in info.precisions:
         raise BackendError(f"{backend} cannot compute in fp32 here, so its engines cannot be verified")

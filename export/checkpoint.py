@@ -7,7 +7,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from allaprima.bundle import SCHEMA, VERSION, Bundle, BundleWriter, Component, ExportError, Manifest, Preview
-from allaprima.export import kandinsky, parity
+from allaprima.export import kandinsky, kandinsky3, parity
 from allaprima.export.family import Family
 from allaprima.export.graph import GraphPlan, write_graph
 from allaprima.export.presets import Usage
@@ -25,6 +25,7 @@ from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
 from allaprima.export.step import HISTORY
+from allaprima.export.widening import write_widened
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -51,9 +52,10 @@ def export_checkpoint(
     usage: Usage | None = None,
     prior: str | None = None,
     image_encoder: bool = False,
+    text_encoder_weights: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
-    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2, to a bundle.
+    """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2 or 3, to a bundle.
 
     Args:
         source: a diffusers folder, a hub id, or a single file in the original layout.
@@ -66,6 +68,7 @@ def export_checkpoint(
         thresholding: give the denoiser dynamic thresholding, for the scheduler option of that name, even if
             the checkpoint's own scheduler does not ask for it.
         usage: the defaults that pictures are painted with; None is the checkpoint's own.
+        text_encoder_weights: "int8" quantizes those of the text encoders' matrix products; None does not.
         prior: of Kandinsky, the folder or hub id of the prior if `source` is the decoder alone.
         image_encoder: of Kandinsky, put the prior's image encoder into the bundle too, for requests that hand
             in pictures to be mixed or to begin the prior with.
@@ -77,6 +80,10 @@ def export_checkpoint(
     """
     if precision not in DTYPES:
         raise ExportError(f"unknown precision '{precision}': choose fp16, fp32 or bf16")
+    if text_encoder_weights not in (None, "int8"):
+        raise ExportError(
+            f"unknown text_encoder_weights '{text_encoder_weights}': choose int8, or leave it out"
+        )
     with (
         BundleWriter(target, overwrite=overwrite) as writer,
         opened(source, single or SingleFile(), writer.folder.parent) as checkpoint,
@@ -88,6 +95,7 @@ def export_checkpoint(
             image_encoder=image_encoder,
         )
         family = (usage or Usage()).apply(read)
+        family = replace(family, text_encoder_weights=text_encoder_weights)
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
@@ -104,7 +112,8 @@ def _read(
             raise ExportError(
                 f"the checkpoint is a {checkpoint.pipeline}, which takes no {what}: leave it out"
             )
-    return read_family(checkpoint, thresholding=thresholding)
+    reads = kandinsky3.read_family if kandinsky3.knows(checkpoint.pipeline) else read_family
+    return reads(checkpoint, thresholding=thresholding)
 
 
 def _export(
@@ -173,12 +182,17 @@ def _export_component(
     plan = make()
     stages.enter(f"{part}: trace")
     graph = f"{part}/model.onnx"
-    write_graph(plan, folder / graph)
+    weights = family.weights(part)
+    write_graph(plan, folder / graph, int8=weights == "int8")
+    wide = f"{part}/float32.onnx" if family.overflows(part) and precision == "bf16" else None
+    if wide is not None:
+        write_widened(folder / graph, folder / wide)
     gc.collect()
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))
-    errors = parity.check(part, folder / graph, precision, trials)
-    return Component(graph, precision, plan.inputs, plan.outputs, errors, family.overflows(part))
+    errors = parity.check(part, folder / graph, precision, trials, weights)
+    overflows = family.overflows(part)
+    return Component(graph, precision, plan.inputs, plan.outputs, errors, overflows, weights, wide)
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:

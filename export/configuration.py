@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,20 @@ def read_scheduler(checkpoint: Checkpoint, forced: Mapping[str, Any]) -> dict[st
     return {"_class_name": name, **config, **forced, "_use_default_values": defaulted}
 
 
-def read_tokenizer(checkpoint: Checkpoint, part: str, length: int) -> TokenizerSpec:
-    """What to know of the tokenizer in a folder, for an encoder of `length` positions. Raises ExportError."""
+def read_tokenizer(checkpoint: Checkpoint, part: str, length: int, *, bos: bool = True) -> TokenizerSpec:
+    """What to know of the tokenizer in a folder, for an encoder of `length` positions.
+
+    `bos`: prompts begin with a token for that. Raises ExportError.
+    """
     tokenizer = _load_tokenizer(checkpoint, part)
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if None in ids:
-        raise ExportError(f"the {part} lacks a beginning, an end or a padding token")
-    return TokenizerSpec(f"{part}/tokenizer.json", min(length, tokenizer.model_max_length), *ids)
+    needed = ("bos", "eos", "pad") if bos else ("eos", "pad")
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in needed}
+    if None in ids.values():
+        raise ExportError(
+            f"the {part} lacks {'a beginning, ' * bos}an end or a padding token: it is incomplete"
+        )
+    length = min(length, tokenizer.model_max_length)
+    return TokenizerSpec(f"{part}/tokenizer.json", length, **{"bos": None, **ids})
 
 
 def write_tokenizer(checkpoint: Checkpoint, part: str, path: Path) -> None:
@@ -66,14 +74,28 @@ def write_tokenizer(checkpoint: Checkpoint, part: str, path: Path) -> None:
 
 
 def _load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, T5Tokenizer
 
+    kind: Any = CLIPTokenizer
+    if checkpoint.has(part) and checkpoint.kind(part).startswith("T5"):
+        kind = T5Tokenizer
+        _check_sentencepiece(checkpoint.place(part))
     try:
-        return CLIPTokenizer.from_pretrained(checkpoint.place(part), local_files_only=True)
+        return kind.from_pretrained(checkpoint.place(part), local_files_only=True)
     except Exception as cause:
         raise ExportError(
             f"the tokenizer in '{checkpoint.place(part)}' cannot be loaded: {reason(cause)}"
         ) from cause
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """ExportError where a tokenizer must be converted and the library that can is not installed."""
+    alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise ExportError(
+            f"the tokenizer in '{folder}' is a SentencePiece model (spiece.model), and sentencepiece, which "
+            "converts it, is not installed: pip install sentencepiece"
+        )
 
 
 def read_defaults(

@@ -43,7 +43,8 @@ class Family:
 
     `texts` are the text encoders by component, `conditions` the shapes of what the UNet takes beyond the
     first one's states, `options` what else its graph can (see `denoiser.Denoiser`). `wide`: the autoencoder's
-    values leave the range of fp16.
+    values leave the range of fp16. `text_encoder_weights`: "int8" if those of the text encoders' matrix
+    products are to be quantized.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +56,7 @@ class Family:
     options: tuple[str, ...] = ()
     zero_negative: bool = False
     wide: bool = False
+    text_encoder_weights: str | None = None
 
     name: ClassVar[str] = "stable-diffusion"
     """What the manifest calls the family."""
@@ -71,11 +73,18 @@ class Family:
 
     def dtype(self, component: str, wanted: torch.dtype) -> torch.dtype:
         """What a component's weights are written in."""
-        return torch.float32 if self.overflows(component) and wanted == torch.float16 else wanted
+        if wanted != torch.float16 or not self.overflows(component):
+            return wanted
+        # A text encoder may be most of a model, so it should not take twice the space.
+        return torch.bfloat16 if component in self.texts else torch.float32
 
     def overflows(self, component: str) -> bool:
         """Whether a component's values leave the range of fp16."""
         return self.wide and component in ("vae_decoder", "vae_encoder")
+
+    def weights(self, component: str) -> str | None:
+        """What a component's weights are quantized to, None if they are not."""
+        return self.text_encoder_weights if component in self.texts else None
 
     def write_files(self, folder: Path) -> None:
         """Write what the runtime needs beside the graphs into the bundle's folder. Raises ExportError."""
@@ -88,7 +97,7 @@ class Family:
         """One late plan per component, so that only one component's weights are in memory at a time."""
         plans: dict[str, Callable[[], GraphPlan]] = {}
         for role in self.texts:
-            plans[role] = lambda role=role: self._text_encoder(role, dtype)  # type: ignore[misc]
+            plans[role] = lambda role=role: self._text_encoder(role, self.dtype(role, dtype))  # type: ignore[misc]
         plans["denoiser"] = lambda: self._denoiser(dtype)
         plans["vae_decoder"] = lambda: self._vae_decoder(self.dtype("vae_decoder", dtype))
         plans["vae_encoder"] = lambda: self._vae_encoder(self.dtype("vae_encoder", dtype))

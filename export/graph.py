@@ -19,6 +19,7 @@ from onnxscript import optimizer, rewriter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allaprima.bundle import ExportError, TensorSpec
+from allaprima.export.int8 import SCALE, insert_dequantization, quantize
 from allaprima.export.reason import reason
 from allaprima.export.weights import StoredTensor, address, write_weights
 
@@ -44,11 +45,12 @@ class GraphPlan:
     outputs: tuple[TensorSpec, ...]
 
 
-def write_graph(plan: GraphPlan, path: Path) -> None:
+def write_graph(plan: GraphPlan, path: Path, *, int8: bool = False) -> None:
     """Trace the module and write `path` (graph) and, beside it, `WEIGHTS`.
 
     Weights keep their names and layout, so that they can be swapped later: only what does not depend on them
-    is folded. A component that is exported as its checkpoint stores it has the checkpoint's very file.
+    is folded. A component that is exported as its checkpoint stores it has the checkpoint's very file. With
+    `int8` the weights of matrix products are quantized (see `export.int8`).
 
     Raises:
         ExportError: the module does not trace, the graph is not valid ONNX, or the disk refuses.
@@ -57,7 +59,7 @@ def write_graph(plan: GraphPlan, path: Path) -> None:
     _strip(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_weights(plan.module.state_dict(keep_vars=True), model, path.parent)
+        _write_weights(plan.module.state_dict(keep_vars=True), model, path.parent, int8=int8)
         onnx_ir.save(model, path)
     except OSError as cause:
         raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
@@ -169,26 +171,38 @@ def _strip(model: onnx_ir.Model) -> None:
             value.metadata_props.clear()
 
 
-def _write_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path) -> None:
+def _write_weights(
+    state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path, *, int8: bool
+) -> None:
     """Move the parameters out of the graph, each under its name without the wrapper's prefix."""
     initializers = model.graph.initializers
+    quantized = insert_dequantization(model, state.keys()) if int8 else {}
     owners: dict[object, str] = {}  # tied weights are stored once
     names = {
-        name: owners.setdefault((address(tensor), tensor.dtype), name.partition(".")[2])
+        name: owners.setdefault((address(tensor), tensor.dtype, name in quantized), name.partition(".")[2])
         for name, tensor in state.items()
         if name in initializers
     }
-    places = write_weights({saved: state[name] for name, saved in reversed(names.items())}, folder / WEIGHTS)
+    tensors = {saved: state[name] for name, saved in reversed(names.items())}
+    narrow = {names[name]: quantize(state[name]) for name in quantized}
+    names |= {scale: names[name] + SCALE for name, scale in quantized.items()}
+    tensors |= {saved: each.empty for saved, each in narrow.items()}
+    tensors |= {saved + SCALE: each.scale for saved, each in narrow.items()}
+    places = write_weights(
+        tensors,
+        folder / WEIGHTS,
+        lambda saved: narrow[saved].values() if saved in narrow else tensors[saved],
+    )
     for name, saved in names.items():
-        tensor = initializers[name].const_value
-        if tensor is not None:
-            initializers[name].const_value = onnx_ir.ExternalTensor(
+        initializer = initializers[name]
+        if initializer.dtype is not None:
+            initializer.const_value = onnx_ir.ExternalTensor(
                 WEIGHTS,
                 places[saved].start,
                 places[saved].length,
-                tensor.dtype,
+                initializer.dtype,
                 name=name,
-                shape=onnx_ir.Shape(state[name].shape),
+                shape=onnx_ir.Shape(tensors[saved].shape),
                 base_dir=folder,
             )
 

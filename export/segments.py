@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from allaprima.bundle import ExportError
 from allaprima.export.reason import reason
+from allaprima.export.widening import widen as widen_nodes
 
 Arrays = dict[str, NDArray[np.generic]]
 SEGMENT = 2**29
 """Bytes of weights in a segment; one that is larger has a segment of its own."""
-WIDE = "/float32"
-"""What a widened weight's name ends in."""
 
 
 def run_graph(
@@ -100,7 +99,7 @@ class _Segment:
         values = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
         kinds = {name: values[name].type.tensor_type.elem_type for name in self.outputs}
         if widen:
-            nodes = _widen(nodes, own)
+            nodes = widen_nodes(nodes, own)
             narrow, wide = TensorProto.BFLOAT16, TensorProto.FLOAT
             kinds = {name: wide if kind == narrow else kind for name, kind in kinds.items()}
         outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
@@ -140,22 +139,3 @@ def _open(model: onnx.ModelProto, folder: Path) -> Any:
         )
     except Exception as cause:
         raise ExportError(f"ONNX Runtime refuses the exported graph: {reason(cause)}") from cause
-
-
-def _widen(nodes: Sequence[onnx.NodeProto], weights: Sequence[TensorProto]) -> list[onnx.NodeProto]:
-    """The same with float32 in place of bf16; the graph converts the weights, so that their file will do."""
-    narrow = {tensor.name for tensor in weights if tensor.data_type == TensorProto.BFLOAT16}
-    casts = [helper.make_node("Cast", [name], [name + WIDE], to=TensorProto.FLOAT) for name in sorted(narrow)]
-    widened = []
-    for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copy.input[:] = [name + WIDE if name in narrow else name for name in node.input]
-        for attribute in copy.attribute:
-            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.BFLOAT16:
-                attribute.i = TensorProto.FLOAT
-            if attribute.t.data_type == TensorProto.BFLOAT16:
-                wide = numpy_helper.to_array(attribute.t).astype(np.float32)
-                attribute.t.CopyFrom(numpy_helper.from_array(wide))
-        widened.append(copy)
-    return [*casts, *widened]

@@ -114,7 +114,7 @@ def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # Only what is read: a repository may also hold the same weights in other precisions and as one file.
-    wanted = [f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "safetensors")]
+    wanted = [f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "model", "safetensors")]
     unwanted = ["*.fp16*", "*.bf16*", "*.non_ema*"]
     try:
         return Path(
@@ -138,10 +138,12 @@ def _model_class(part: str, name: str) -> Any:
     known = {
         ("text_encoder", "CLIPTextModel"): transformers.CLIPTextModel,
         ("text_encoder", "CLIPTextModelWithProjection"): transformers.CLIPTextModelWithProjection,
+        ("text_encoder", "T5EncoderModel"): transformers.T5EncoderModel,
         ("text_encoder_2", "CLIPTextModelWithProjection"): transformers.CLIPTextModelWithProjection,
         ("image_encoder", "CLIPVisionModelWithProjection"): transformers.CLIPVisionModelWithProjection,
         ("prior", "PriorTransformer"): diffusers.PriorTransformer,
         ("unet", "UNet2DConditionModel"): diffusers.UNet2DConditionModel,
+        ("unet", "Kandinsky3UNet"): diffusers.Kandinsky3UNet,
         ("vae", "AutoencoderKL"): diffusers.AutoencoderKL,
         ("movq", "VQModel"): diffusers.VQModel,
         ("safety_checker", "StableDiffusionSafetyChecker"): StableDiffusionSafetyChecker,

@@ -32,7 +32,7 @@ def read_family(checkpoint: Checkpoint, *, thresholding: bool = False) -> Family
     if checkpoint.pipeline not in PIPELINES:
         known = ", ".join(PIPELINES)
         raise ExportError(
-            f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known} and Kandinsky 2.2"
+            f"the checkpoint is a {checkpoint.pipeline}: this exporter knows {known}, Kandinsky 2.2 and 3"
         )
     large = checkpoint.pipeline in LARGE
     texts = _read_texts(checkpoint, large=large)

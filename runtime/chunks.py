@@ -20,10 +20,19 @@ _Token = tuple[int, float]
 
 @dataclass(frozen=True)
 class Chunk:
-    """One input of the text encoder: `ids` int64 [L], and `weights` float32 [L], None if all are 1."""
+    """One input of the text encoder: `ids` int64 [L], and `weights` float32 [L], None if all are 1.
+
+    The first `count` ids are not padding; None is for encoders that read padding as any other text.
+    """
 
     ids: NDArray[np.int64]
     weights: NDArray[np.float32] | None = None
+    count: int | None = None
+
+    @property
+    def filled(self) -> int:
+        """How many of the ids the text encoder attends to."""
+        return len(self.ids) if self.count is None else self.count
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def apply_weights(states: NDArray[np.float32], weights: NDArray[np.float32]) -> 
 
 
 def _cut(tokenizer: Tokenizer, spans: Sequence[Span]) -> Chunks:
-    room = tokenizer.length - 2
+    room = tokenizer.room
     kept: list[_Token] = []
     for index, span in enumerate(spans):
         ids, starts = tokenizer.split(span.text)
@@ -88,7 +97,7 @@ def _divide(tokenizer: Tokenizer, spans: Sequence[Span]) -> list[list[_Token]]:
     parts = list(_sections(tokenizer, spans))
     if len(parts) > 1 and not parts[-1]:
         del parts[-1]
-    return [chunk for part in parts for chunk in _fill(part, tokenizer.length - 2, tokenizer.comma)]
+    return [chunk for part in parts for chunk in _fill(part, tokenizer.room, tokenizer.comma)]
 
 
 def _sections(tokenizer: Tokenizer, spans: Sequence[Span]) -> Iterator[list[_Token]]:

@@ -135,7 +135,7 @@ def plan_conditioning(
         and settings.negative_prompt is None
         and settings.negative_prompt_2 is None
     )
-    told = dict.fromkeys([*warnings, *_warn_idle(settings)])
+    told = dict.fromkeys([*warnings, *warn_idle(settings)])
     return Conditioning(texts, skips, zeroed, tuple(told))
 
 
@@ -156,7 +156,7 @@ def _read(role: str, encoder: TextEncoder, settings: Settings) -> dict[str, Chun
     }
 
 
-def _warn_idle(settings: Settings) -> list[str]:
+def warn_idle(settings: Settings) -> list[str]:
     """Sentences on what has no effect without guidance branches."""
     if settings.branches == 2:
         return []

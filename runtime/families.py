@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from allaprima.bundle import Bundle, BundleError, Manifest, RequestError
+from allaprima.bundle import Bundle, BundleError, Manifest
 from allaprima.runtime.conditioning import Conditioning, plan_conditioning
 from allaprima.runtime.embeddings import EmbeddingCache
 from allaprima.runtime.hint import COMPONENT as HINTS
 from allaprima.runtime.kandinsky import Kandinsky
+from allaprima.runtime.kandinsky3 import Kandinsky3
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
 from allaprima.runtime.result import Report
@@ -72,10 +73,9 @@ class StableDiffusion:
 
     def settle(self, settings: Settings) -> Settings:
         """As of Family."""
-        for name in ("prior_num_inference_steps", "prior_guidance_scale"):
-            value = getattr(settings, name)
-            if value is not None:
-                raise RequestError(f"{name} is {value}, but this model has no prior: leave it out")
+        settings.refuse(
+            {"prior_num_inference_steps": None, "prior_guidance_scale": None}, "this model has no prior"
+        )
         return settings
 
     def plan(self, settings: Settings) -> Told:
@@ -125,6 +125,7 @@ _FAMILIES: Mapping[str, tuple[_Open, tuple[str, ...]]] = {
         COMPONENTS,
     ),
     "kandinsky-2.2": (Kandinsky, (PRIOR, *COMPONENTS)),
+    "kandinsky-3": (lambda bundle, sessions, _, cache: Kandinsky3(bundle, sessions, cache), COMPONENTS),
 }
 
 

@@ -18,9 +18,9 @@ from allaprima.runtime.stages import Denoiser
 Callback = Callable[[Progress], None]
 
 
-def guide(denoiser: Denoiser, settings: Settings) -> None:
-    """Write the weights of the guidance branches."""
-    scale = settings.guidance_scale
+def guide(denoiser: Denoiser, settings: Settings, offset: float) -> None:
+    """Write the weights of the guidance branches; `offset` as of Conventions."""
+    scale = settings.guidance_scale + offset
     denoiser.guidance[...] = [[1 - scale], [scale]] if settings.branches == 2 else 1
     if denoiser.guidance_rescale is not None:
         denoiser.guidance_rescale[...] = settings.guidance_rescale if settings.branches == 2 else 0

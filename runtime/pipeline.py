@@ -221,7 +221,7 @@ class Pipeline:
             )
             told.draw(beginning.streams, reporter(callback))
             kept = beginning.write(denoiser)
-            guide(denoiser, settings)
+            guide(denoiser, settings, conventions_of(manifest).guidance_offset)
             told.write(denoiser)
             tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,6 +76,12 @@ class Settings:
     def branches(self) -> int:
         """G, the guidance branches: classifier-free guidance acts above 1 only, as in diffusers."""
         return 2 if self.guidance_scale > 1 and not self.guidance_embedded else 1
+
+    def refuse(self, neutral: Mapping[str, object], why: str) -> None:
+        """RequestError for fields that a family cannot take, unless they have these neutral values."""
+        for name, value in neutral.items():
+            if (given := getattr(self, name)) != value:
+                raise RequestError(f"{name} is {given}, but {why}: leave it out")
 
     def check(self, *, needs_mask: bool) -> None:
         """RequestError for fields that contradict one another, or a model of inpainting without a mask."""

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from allaprima.bundle import BundleError
 from allaprima.runtime.chunks import Chunk, apply_weights
 from allaprima.runtime.embeddings import EmbeddingCache, Key
@@ -71,6 +73,9 @@ class TextEncoder:
         """
         given, made = self._allocate(len(chunks))
         given.tensors["input_ids"].array[...] = [chunk.ids for chunk in chunks]
+        if "attention_mask" in given.tensors:
+            places = np.arange(self.tokenizer.length)
+            given.tensors["attention_mask"].array[...] = [places < chunk.filled for chunk in chunks]
         if self._states is not None:
             layer_weights = given.tensors["layer_weights"].array
             layer_weights[...] = 0

@@ -16,17 +16,20 @@ from allaprima.bundle import Bundle, BundleError, RequestError
 class Tokens:
     """A prompt as the text encoder takes it.
 
-    `ids` is int64 [length]; `truncated` is the end of the prompt that did not fit, "" if all did.
+    `ids` is int64 [length], of which the first `count` are not padding; `truncated` is the end of the prompt
+    that did not fit, "" if all did.
     """
 
     ids: NDArray[np.int64]
     truncated: str
+    count: int
 
 
 class Tokenizer:
     """A tokenizer of a bundle, by default that of the first text encoder.
 
-    Gives the ids of transformers' CLIPTokenizer called with padding="max_length" and truncation=True.
+    Gives the ids of transformers' CLIPTokenizer or T5Tokenizer, called with padding="max_length" and
+    truncation=True.
 
     Raises BundleError if the bundle's tokenizer file cannot be read.
     """
@@ -48,23 +51,29 @@ class Tokenizer:
         return self._spec.length
 
     @property
+    def room(self) -> int:
+        """How many tokens of text fit into them."""
+        return self._spec.room
+
+    @property
     def comma(self) -> int | None:
         """The id of a comma at the end of a word, None if the vocabulary has none."""
         found: int | None = self._tokenizer.token_to_id(",</w>")
         return found
 
     def encode(self, prompt: str) -> Tokens:
-        """bos, the first `length - 2` tokens of the prompt, eos, and padding up to `length`.
+        """bos if there is one, the first `room` tokens of the prompt, eos, and padding up to `length`.
 
         Raises RequestError for a string that is not valid Unicode (a lone surrogate).
         """
         found, starts = self.split(prompt)
-        room = self.length - 2
-        return Tokens(self.pack(found[:room]), "" if len(found) <= room else prompt[starts[room] :])
+        kept = found[: self.room]
+        truncated = "" if len(found) == len(kept) else prompt[starts[len(kept)] :]
+        return Tokens(self.pack(kept), truncated, len(kept) + self.length - self.room)
 
     def count(self, prompt: str) -> int:
         """How many of the ids of `encode` are not padding."""
-        return min(len(self.split(prompt)[0]) + 2, self.length)
+        return self.encode(prompt).count
 
     def split(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text without special tokens, and where each begins in it.
@@ -80,8 +89,9 @@ class Tokenizer:
         return encoding.ids, [start for start, _ in encoding.offsets]
 
     def pack(self, ids: Sequence[int]) -> NDArray[np.int64]:
-        """bos, up to `length - 2` ids, eos, and padding up to `length`."""
+        """bos if there is one, up to `room` ids, eos, and padding up to `length`."""
         spec = self._spec
+        whole = [*([] if spec.bos is None else [spec.bos]), *ids, spec.eos]
         packed = np.full(spec.length, spec.pad, np.int64)
-        packed[: len(ids) + 2] = [spec.bos, *ids, spec.eos]
+        packed[: len(whole)] = whole
         return packed

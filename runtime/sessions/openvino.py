@@ -160,6 +160,8 @@ def _properties(precision: str, threads: int | None) -> dict[str, Any]:
     properties: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        # Else what is multiplied with weights in int8 would be rounded to int8 as well.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     return properties if threads is None else {**properties, "INFERENCE_NUM_THREADS": threads}
 

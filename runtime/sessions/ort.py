@@ -46,13 +46,13 @@ def open_session(
 ) -> OrtSession:
     """Load a graph, or the optimised graph among `engines`; `backends.open_session` says the rest."""
     _check_precision(graph, component, precision)
-    path = engines[0].path if engines else graph
+    path = engines[0].path if engines else _own(graph, component)
     return OrtSession(path, component, threads=threads, lazy=memory_limit is not None)
 
 
 def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
     """Measured: one copy of the weights; where they are fp16 they are kept beside one in fp32."""
-    weights = stored(engines[0].path if engines else graph)
+    weights = stored(engines[0].path if engines else _own(graph, component))
     if component.precision == "fp16":
         weights *= 3
     return Footprint(weights, weights)
@@ -67,18 +67,40 @@ def compile_engine(
     _check_precision(graph, component, precision)
     path = folder / "model.onnx"
     options = session_options()
+    _spare_weights(options, component)
     options.optimized_model_filepath = str(path)
     # The next level rearranges weights for this processor's vectors; loading does that in any case.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "model.data")
     try:
-        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(_own(graph, component), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(f"onnxruntime cannot compile {graph}: {error}") from error
     return path
 
 
+def _own(graph: Path, component: Component) -> Path:
+    """The graph that computes in float32, where the component's own does so in bf16."""
+    return graph if component.float32_graph is None else graph.with_name(Path(component.float32_graph).name)
+
+
+def _spare_weights(options: Any, component: Component) -> None:
+    """Keep weights as small in memory as they are stored, and what is computed with them in float.
+
+    Those in bf16 are widened by each run, one after the other, and stay in their file until then: folded,
+    they would take twice the memory. Those in int8 go through kernels that would otherwise round the other
+    factor to int8 as well.
+    """
+    if component.float32_graph is not None:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
+        options.enable_cpu_mem_arena = False  # it would keep the widened weights
+    if component.weights is not None:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+
+
 def _check_precision(graph: Path, component: Component, precision: str | None) -> None:
+    if component.float32_graph is not None and precision in (None, component.precision, "fp32"):
+        return
     if component.precision not in precisions():
         raise BackendError(
             f"onnxruntime cannot run {graph.name} in {component.precision} on a CPU: "
@@ -110,7 +132,8 @@ class OrtSession:
     ) -> None:
         options = session_options(threads)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        self.precision = component.precision
+        _spare_weights(options, component)
+        self.precision = component.precision if component.float32_graph is None else "fp32"
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
         self._opened = Reopened(

@@ -33,6 +33,36 @@ def test_round_trip(document: dict[str, Any]) -> None:
     assert manifest.scheduler["trained_betas"] is None
 
 
+def test_a_tokenizer_without_a_beginning(document: dict[str, Any]) -> None:
+    tokenizers = document["tokenizers"]
+    assert Manifest.from_json(document).tokenizers["text_encoder"].room == 75
+    tokenizers["text_encoder"]["bos"] = None
+    manifest = Manifest.from_json(document)
+    assert manifest.tokenizers["text_encoder"].room == 76
+    assert manifest.to_json() == document
+    tokenizers["text_encoder"]["bos"] = "<s>"
+    with pytest.raises(BundleError, match="bos' should be an integer, not '<s>'"):
+        Manifest.from_json(document)
+
+
+def test_later_fields_may_be_absent(document: dict[str, Any], manifest: Manifest) -> None:
+    """As in bundles that were written before there were any; where they say something, they are kept."""
+    plain = document["components"]["denoiser"]
+    assert not {"weights", "float32_graph"} & plain.keys()
+    assert Manifest.from_json(document).components["denoiser"].weights is None
+    plain |= {"weights": "int8", "float32_graph": "denoiser/float32.onnx"}
+    read = Manifest.from_json(document)
+    assert read.components["denoiser"].weights == "int8"
+    assert set(read.required()) - set(manifest.required()) == {"denoiser/float32.onnx"}
+    assert read.to_json() == document
+    plain["weights"] = 8
+    with pytest.raises(BundleError, match=r"components\.denoiser\.weights"):
+        Manifest.from_json(document)
+    plain |= {"weights": None, "float32_graph": "../other.onnx"}
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        Manifest.from_json(document)
+
+
 def test_every_field_of_every_record_is_demanded(document: dict[str, Any]) -> None:
     """Remove each key of the document in turn, except where keys are free (mappings by name)."""
     free = ("scheduler", "versions", "files", "components", "shapes", "tokenizers")

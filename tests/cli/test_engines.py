@@ -115,13 +115,15 @@ def test_build(allaprima: Allaprima, bundle: Bundle, cache: Path, monkeypatch: p
     words = ("build", str(bundle.folder), "--backend", "ort", "--precision", "fp32")
     outcome = allaprima(*words)
     assert outcome.code == 0
-    plain = {"sizes": (), "batch": (1, 1), "options": None, "cache": None}
+    plain = {"sizes": (), "batch": (1, 1), "options": None, "components": (), "cache": None}
     assert asked == {"bundle": bundle, "backend": "ort", "precision": "fp32", **plain}
     for text in ("denoiser", "6 B", "2.0e-03", "in 1.5 s"):
         assert text in outcome.out
     document = json.loads(allaprima(*words, "--json").out)
     assert document[0]["key"]["component"] == "denoiser"
     assert allaprima(*words, "--quiet").out == ""
+    allaprima(*words, "--components", "denoiser, vae_decoder")
+    assert asked["components"] == ("denoiser", "vae_decoder")
 
 
 def test_build_of_nothing(allaprima: Allaprima, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
         "usage": Usage(None, None, None),
         "prior": None,
         "image_encoder": False,
+        "text_encoder_weights": None,
     }
     assert outcome.out == f"{target}: tiny, fp16, 7.0 kB in 3 files\n"
     refused = allaprima("export", "models/x", str(target))

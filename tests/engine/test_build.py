@@ -319,6 +319,15 @@ def test_a_precision_that_the_backend_lacks(bundle: Bundle, cache: Path) -> None
         build_bundle(bundle, backend="ort", precision="fp8")
 
 
+def test_some_components(bundle: Bundle, backend: str) -> None:
+    built = build(bundle, backend, components=["vae_decoder", "text_encoder"])
+    assert [each.component for each in built] == ["text_encoder", "vae_decoder"]
+    with pytest.raises(
+        RequestError, match=r"no component 'unet': choose from text_encoder, denoiser, vae_decoder$"
+    ):
+        build(bundle, backend, components=["unet"])
+
+
 def test_unknown_backend(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="unknown backend 'abacus'"):
         build_bundle(bundle, backend="abacus")

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    Kandinsky3UNet,
     PNDMScheduler,
     PriorTransformer,
     UnCLIPScheduler,
@@ -27,6 +29,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 from allaprima.bundle import Bundle, open_bundle
@@ -250,6 +255,84 @@ def write_tiny_kandinsky(folder: Path, *, kind: str = "KandinskyV22Pipeline", **
     return _save(folder, models, {"_class_name": kind}, scheduler)
 
 
+def make_t5_tokenizer() -> T5Tokenizer:
+    """T5's tokenizer with a vocabulary of its own, which has few whole words."""
+    captions = (
+        "a small red circle above a blue square on a white background",
+        "a green star left of a yellow triangle, and a black ring",
+        "two purple dots under a thin line; 12 stripes!",
+    )
+    trained = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()]
+    )
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=100, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    trained.train_from_iterator(captions * 20, trainer)
+    vocabulary = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=4)
+
+
+def write_tiny_kandinsky3(folder: Path, *, kind: str = "Kandinsky3Pipeline", **unet: Any) -> Path:
+    """A Kandinsky 3 with tiny networks and distinct random weights.
+
+    Two groups in each norm of the UNet: norms of a few numbers would make it chaotic. Spatial norms of the
+    autoencoder have 32 groups whatever is configured.
+    """
+    torch.manual_seed(4)
+    tokenizer = make_t5_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    models = {
+        "text_encoder": T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizer),
+                d_model=32,
+                d_kv=16,
+                d_ff=64,
+                num_layers=2,
+                num_heads=2,
+                dense_act_fn="silu",
+                feed_forward_proj="gated-silu",
+            )
+        ),
+        "unet": Kandinsky3UNet(
+            **{
+                "time_embedding_dim": 64,
+                "groups": 2,
+                "attention_head_dim": 16,
+                "layers_per_block": 2,
+                "block_out_channels": (32, 64),
+                "cross_attention_dim": 32,
+                "encoder_hid_dim": 32,
+                **unet,
+            }
+        ),
+        "movq": VQModel(
+            block_out_channels=(32, 32, 32, 64),
+            down_block_types=(*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
+            latent_channels=4,
+            vq_embed_dim=4,
+            num_vq_embeddings=32,
+            layers_per_block=1,
+            norm_num_groups=32,
+            norm_type="spatial",
+        ),
+    }
+    scheduler = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="squaredcos_cap_v2",
+        clip_sample=True,
+        clip_sample_range=1.0,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    index = {"_class_name": kind, "tokenizer": ["transformers", "T5Tokenizer"]}
+    return _save(folder, models, index, scheduler)
+
+
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
@@ -386,3 +469,20 @@ def depth_checkpoint(once: Once) -> Path:
 def depth_bundle(depth_checkpoint: Path, prior_checkpoint: Path, export: Export) -> Bundle:
     """A tiny Kandinsky 2.2 that follows a depth map, in float32, without image encoder."""
     return export(depth_checkpoint, "depth", "fp32", prior=str(prior_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def kandinsky3_checkpoint(once: Once) -> Path:
+    return once("checkpoints/kandinsky3", write_tiny_kandinsky3)
+
+
+@pytest.fixture(scope="session")
+def kandinsky3_bundle(kandinsky3_checkpoint: Path, export: Export) -> Bundle:
+    """The tiny Kandinsky 3 in float32."""
+    return export(kandinsky3_checkpoint, "kandinsky3", "fp32")
+
+
+@pytest.fixture(scope="session")
+def kandinsky3_half_bundle(kandinsky3_checkpoint: Path, export: Export) -> Bundle:
+    """The tiny Kandinsky 3 in float16."""
+    return export(kandinsky3_checkpoint, "kandinsky3-half", "fp16")

@@ -27,6 +27,7 @@ BUNDLES = {
     "xl_half_bundle": ["text_encoder_2", *COMPONENTS],
     "kandinsky_half_bundle": ["prior", "image_encoder", *COMPONENTS],
     "depth_bundle": ["hint_encoder", "denoiser"],
+    "kandinsky3_half_bundle": COMPONENTS,
 }
 
 
@@ -116,8 +117,9 @@ def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path
         ("xl_half_bundle", {"fp16", "fp32"}),
         ("kandinsky_half_bundle", {"fp16"}),
         ("depth_bundle", {"fp32"}),
+        ("kandinsky3_half_bundle", {"fp16", "bf16"}),
     ],
-    ids=["fp32", "bf16", "both", "kandinsky", "depth"],
+    ids=["fp32", "bf16", "both", "kandinsky", "depth", "kandinsky3"],
 )
 def test_other_precisions_compile(request: pytest.FixtureRequest, fixture: str, precisions: set[str]) -> None:
     """In float32 attention has no fused kernel, and is taken apart."""

@@ -1,0 +1,87 @@
+"""Graphs in bf16 as graphs in float32 over the same weights, for processors that have no kernels for bf16."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, external_data_helper, numpy_helper
+
+from allaprima.bundle import ExportError
+from allaprima.export.reason import reason
+
+WIDE = "/float32"
+"""What a widened weight's name ends in."""
+NARROW = "/bf16"
+"""What the name of rows of a weight ends in before they are widened."""
+_SMALL = 2**20
+"""Bytes of a weight that is written into the graph as float32, rather than converted by each run."""
+
+
+def widen(nodes: Sequence[onnx.NodeProto], weights: Sequence[TensorProto]) -> list[onnx.NodeProto]:
+    """The same with float32 in place of bf16; the graph converts the weights, so that their file will do."""
+    narrow = {tensor.name for tensor in weights if tensor.data_type == TensorProto.BFLOAT16}
+    casts: list[onnx.NodeProto] = []
+    widened = []
+    done: set[str] = set()
+    for node in nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        if node.op_type == "Gather" and node.input[0] in narrow:  # a few rows of a large table
+            copy.output[:] = [node.output[0] + NARROW]
+            widened += [copy, _cast(copy.output[0], node.output[0])]
+            continue
+        new = [name for name in dict.fromkeys(node.input) if name in narrow - done]
+        casts += [_cast(name, name + WIDE) for name in new]
+        done.update(new)
+        copy.input[:] = [name + WIDE if name in narrow else name for name in node.input]
+        for attribute in copy.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+            if attribute.t.data_type == TensorProto.BFLOAT16:
+                wide = numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(numpy_helper.from_array(wide))
+        widened.append(copy)
+    return [*casts, *widened]
+
+
+def _cast(source: str, target: str) -> onnx.NodeProto:
+    return onnx.helper.make_node("Cast", [source], [target], to=TensorProto.FLOAT)
+
+
+def write_widened(path: Path, target: Path) -> None:
+    """Write the bf16 graph `path` to `target`, beside it, as one that computes in float32.
+
+    Raises:
+        ExportError: the graph cannot be read, what is written is not valid, or the disk refuses.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        graph = model.graph
+        for tensor in graph.initializer:
+            if tensor.data_type == TensorProto.BFLOAT16 and 2 * math.prod(tensor.dims) <= _SMALL:
+                _embed(tensor, path.parent)
+        nodes = widen(graph.node, graph.initializer)
+        values = [
+            each for each in graph.value_info if each.type.tensor_type.elem_type != TensorProto.BFLOAT16
+        ]
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(nodes)
+        graph.value_info.extend(values)
+        onnx.save(model, str(target))
+        onnx.checker.check_model(str(target))
+    except OSError as cause:
+        raise ExportError(f"{target} cannot be written: {reason(cause)}") from cause
+    except Exception as cause:
+        raise ExportError(f"{path} cannot be widened to float32: {reason(cause)}") from cause
+
+
+def _embed(tensor: TensorProto, folder: Path) -> None:
+    """Put the values of a bf16 weight into the graph, in float32."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+    name = tensor.name
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), name))
