@@ -89,6 +89,7 @@ class Pipeline:
         threads: int | None = None,
         verify: bool = False,
         safety_checker: bool = True,
+        watch: Callable[[str, Session], Session] | None = None,
     ) -> Self:
         """Open a bundle's folder, or a built-in bundle by its name.
 
@@ -96,6 +97,7 @@ class Pipeline:
         None its own choice; `verify` also checks the sha256 of every file. Graphs that were built for this
         machine before (`allaprima build`) come from the engine cache, the others are compiled now. If the
         bundle has a safety checker, it looks at every picture; `safety_checker` False switches it off.
+        `watch` is given each component's session as it is opened and returns the one to use, for measuring.
 
         Raises BundleError or BackendError.
         """
@@ -104,7 +106,7 @@ class Pipeline:
 
         def opens(role: str) -> Session:
             component = opened.component(role)
-            return open_session(
+            session = open_session(
                 opened.path(component.graph),
                 component,
                 name,
@@ -112,6 +114,7 @@ class Pipeline:
                 threads=threads,
                 engines=find_engines(opened, role, name, precision=precision),
             )
+            return session if watch is None else watch(role, session)
 
         with ExitStack() as undo:
             sessions = {}
