@@ -61,7 +61,9 @@ class Harness:
             folder = Path(name)
             if measured.latency:
                 self._rounds(folder, roofline=measured.roofline)
-                self._result["quality"] = compare_pictures(self._contestants, folder / "pictures")
+                self._result["quality"] = compare_pictures(
+                    self._contestants, self._plan.shown(), folder / "pictures"
+                )
                 if measured.cold:
                     self._cold(folder, measured.cold)
                 if measured.roofline:
