@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from allaprima.benchmarks.bundles import Model, export_bundles
 from allaprima.benchmarks.checkpoints import SHAPES
-from allaprima.benchmarks.compare import export_bundles
-from allaprima.benchmarks.contestants import Model
 from allaprima.benchmarks.report import RESULTS, stamp, table, write_result
 from allaprima.bundle import AllaprimaError
 from allaprima.cli.machine import read_machine

@@ -15,7 +15,10 @@ from allaprima.cli.machine import read_machine
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
-_LIBRARIES = ("diffusers", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "torch", "transformers")
+_LIBRARIES = (
+    *("diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt"),
+    *("tensorrt-rtx", "torch", "transformers"),
+)
 
 
 def stamp(command: str, model: str, threads: int) -> dict[str, Any]:
@@ -40,16 +43,13 @@ def _version(library: str) -> str | None:
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any], lines: Sequence[str]) -> str:
     """Write `name`.json and, beside it, `name`.md with the stamp and `lines`; the text of the latter."""
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     text = "\n".join(
         [
             f"# {name}",
             "",
             *lines,
             "",
-            f"{machine['cpu']}, {result['threads']} threads ({', '.join(machine['features'])}); "
-            f"{machine['system']}; Python {machine['python']}; {versions}; {result['date']}.",
+            describe_machine(result),
             "",
             f"    {result['command']}",
             "",
@@ -61,6 +61,17 @@ def write_result(folder: Path, name: str, result: Mapping[str, Any], lines: Sequ
         partial.write_text(content, encoding="utf-8")
         partial.replace(folder / f"{name}.{kind}")
     return text
+
+
+def describe_machine(result: Mapping[str, Any]) -> str:
+    """The stamp of a result in one line."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    gpus = "".join(f"; {gpu['name']}, driver {gpu['driver']}" for gpu in machine["gpus"])
+    return (
+        f"{machine['cpu']}, {result['threads']} threads ({', '.join(machine['features'])}){gpus}; "
+        f"{machine['system']}; Python {machine['python']}; {versions}; {result['date']}."
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "turn a checkpoint into a bundle (needs torch)",
     "build": "compile a bundle for this machine",
     "generate": "paint pictures from a prompt",
+    "bench": "measure speed, and compare two measurements",
     "inspect": "show what is in a bundle or a picture",
     "samplers": "list the samplers",
     "doctor": "show which backends work here, and what to install for the others",
@@ -33,8 +34,8 @@ class Command(Protocol):
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
 
-    def run(self, options: argparse.Namespace) -> None:
-        """Do it; raises AllaprimaError to refuse."""
+    def run(self, options: argparse.Namespace) -> int | None:
+        """Do it; None is the exit code 0. Raises AllaprimaError to refuse."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,13 +47,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 for a refusal, 130 for Ctrl-C.
+    """Run the command line and return the exit code: 0 or the command's own, 2 for a refusal, 130 for Ctrl-C.
 
     With ALLAPRIMA_DEBUG in the environment a refusal shows its traceback too.
     """
     try:
-        _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+        code = _dispatch(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
+        return code
     except AllaprimaError as error:
         if os.environ.get("ALLAPRIMA_DEBUG"):
             traceback.print_exc()
@@ -67,16 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _SUCCESS
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name not in COMMANDS:
         _parse_top(arguments or ["--help"])
-        return
+        return _SUCCESS
     command = cast(Command, importlib.import_module(f"allaprima.cli.{name}"))
     parser = Parser(prog=f"allaprima {name}", description=_sentence(COMMANDS[name]))
     command.configure(parser)
     # Intermixed, so that options may stand between the bundle and the prompt.
-    command.run(parser.parse_intermixed_args(rest))
+    return command.run(parser.parse_intermixed_args(rest)) or _SUCCESS
 
 
 def _parse_top(arguments: list[str]) -> None:

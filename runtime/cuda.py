@@ -148,6 +148,16 @@ class Gpu:
         wait: Callable[[], None] = event.sync
         return wait
 
+    def mark(self) -> Any:
+        """Mark this place in the stream with its time, for `seconds`."""
+        from cuda.core import EventOptions
+
+        return self._stream.record(options=EventOptions(timing_enabled=True))
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two marks, which must have been reached: see `synchronize`."""
+        return float(end - begin) / 1000
+
     def synchronize(self) -> None:
         """Wait for everything. Raises BackendError if any of it failed."""
         with self._told("the GPU's work"):

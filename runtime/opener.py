@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from allaprima.bundle import Bundle, EngineFile
 from allaprima.runtime.backends import find_engines, footprint, open_session
 from allaprima.runtime.footprint import Footprint
@@ -19,15 +21,17 @@ class Opener:
         precision: str | None = None,
         threads: int | None = None,
         memory_limit: int | None = None,
+        watch: Callable[[str, Session], Session] | None = None,
     ) -> None:
+        """`watch` is given each session as it is opened and returns the one to use."""
         self._bundle, self._backend, self._precision = bundle, backend, precision
-        self._threads, self._limit = threads, memory_limit
+        self._threads, self._limit, self._watch = threads, memory_limit, watch
         self._found: dict[str, tuple[EngineFile, ...]] = {}
 
     def open(self, role: str) -> Session:
         """A component's session, over the engines that the cache has. Raises BundleError or BackendError."""
         component = self._bundle.component(role)
-        return open_session(
+        session = open_session(
             self._bundle.path(component.graph),
             component,
             self._backend,
@@ -36,6 +40,7 @@ class Opener:
             engines=self._engines(role),
             memory_limit=self._limit,
         )
+        return session if self._watch is None else self._watch(role, session)
 
     def weigh(self, role: str) -> Footprint:
         """What a component takes: see `backends.footprint`."""

@@ -98,6 +98,7 @@ class Pipeline:
         safety_checker: bool = True,
         memory_limit: int | str | None = None,
         embedding_cache: int | str = EMBEDDING_CACHE,
+        watch: Callable[[str, Session], Session] | None = None,
     ) -> Self:
         """Open a bundle's folder, or a built-in bundle by its name.
 
@@ -105,6 +106,7 @@ class Pipeline:
         None its own choice; `verify` also checks the sha256 of every file. Graphs that were built for this
         machine before (`allaprima build`) come from the engine cache, the others are compiled now. If the
         bundle has a safety checker, it looks at every picture; `safety_checker` False switches it off.
+        `watch` is given each component's session as it is opened and returns the one to use, for measuring.
 
         `memory_limit`, in bytes or as "8GB" or "8GiB", is what the components may take together: they are
         loaded when they are needed, and those that were not used for longest make room. `embedding_cache`
@@ -117,7 +119,9 @@ class Pipeline:
         opened = open_bundle(resolve(str(bundle)), verify=verify)
         name = choose(backend, opened)
 
-        opener = Opener(opened, name, precision=precision, threads=threads, memory_limit=limit)
+        opener = Opener(
+            opened, name, precision=precision, threads=threads, memory_limit=limit, watch=watch
+        )
         with ExitStack() as undo:
             sessions = {}
             watched = (SAFETY,) if safety_checker and SAFETY in opened.manifest.components else ()

@@ -1,0 +1,171 @@
+"""A whole benchmark: turns of all contestants, first pictures, the machine's rates, scenarios."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from allaprima.benchmarks import cold, loadgen
+from allaprima.benchmarks.contestants import Contestant
+from allaprima.benchmarks.ours import ON_CPU
+from allaprima.benchmarks.plan import Plan
+from allaprima.benchmarks.process import in_new_process
+from allaprima.benchmarks.quality import compare_pictures
+from allaprima.benchmarks.rates import measure_rates
+from allaprima.benchmarks.result import Result, about, turn_to_json
+from allaprima.benchmarks.roofline import count_bundle
+from allaprima.benchmarks.scenarios import ScenarioRun, Traffic
+from allaprima.benchmarks.turns import listen, run_turn
+
+COLD_STEPS = 4
+"""Of the first picture of a process."""
+Tell = Callable[[str, int, int, str], None]
+"""Task, how much of it is done, of how much, and what comes now."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured: latencies of the plan, `cold` rounds of first pictures, the roofline, scenarios."""
+
+    latency: bool = True
+    cold: int = 3
+    roofline: bool = True
+    asked: Traffic | None = None
+
+
+class Harness:
+    """Measures into a result, and hands it to `keep` after every measurement.
+
+    A contestant that fails is listed in the result's "absent" with the reason, and not asked again.
+    """
+
+    def __init__(
+        self,
+        result: Result,
+        contestants: Sequence[Contestant],
+        plan: Plan,
+        *,
+        keep: Callable[[], object],
+        tell: Tell = lambda task, done, total, note: None,
+    ) -> None:
+        self._result, self._contestants, self._plan = result, contestants, plan
+        self._keep, self._tell = keep, tell
+        result["contestants"] = {each.name: about(each) for each in contestants}
+
+    def run(self, measured: Measured) -> None:
+        """Measure everything, and mark the result complete."""
+        with tempfile.TemporaryDirectory(prefix="allaprima-bench-") as name:
+            folder = Path(name)
+            if measured.latency:
+                self._rounds(folder, roofline=measured.roofline)
+                self._result["quality"] = compare_pictures(
+                    self._contestants, self._plan.shown(), folder / "pictures"
+                )
+                if measured.cold:
+                    self._cold(folder, measured.cold)
+                if measured.roofline:
+                    self._count()
+            if measured.asked is not None:
+                self._scenarios(folder, measured.asked)
+        self._result["complete"] = True
+        self._keep()
+
+    def _present(self) -> list[Contestant]:
+        return [each for each in self._contestants if each.name not in self._result["absent"]]
+
+    def _fail(self, contestant: Contestant, reason: str) -> None:
+        self._result["absent"][contestant.name] = reason
+
+    def _rounds(self, folder: Path, *, roofline: bool) -> None:
+        total = self._plan.rounds * len(self._contestants)
+        for number in range(self._plan.rounds):
+            if roofline:
+                self._rates(number)
+            for index, contestant in enumerate(self._contestants):
+                if contestant.name in self._result["absent"]:
+                    continue
+                done = number * len(self._contestants) + index
+                self._tell("turns", done, total, f"round {number + 1}, {contestant.name}")
+                self._turn(contestant, number, folder)
+
+    def _turn(self, contestant: Contestant, number: int, folder: Path) -> None:
+        pictures = folder / "pictures" / contestant.name
+        pictures.mkdir(parents=True, exist_ok=True)
+        turns = self._result["contestants"][contestant.name]["turns"]
+        kept = None
+        cache = self._cache(contestant, folder)
+        try:
+            with closing(run_turn(contestant, self._plan, number, cache=cache, keep=pictures)) as growing:
+                for turn in growing:
+                    if kept is None:
+                        turns.append(None)
+                    kept = turns[-1] = turn_to_json(turn)
+                    self._keep()
+        except RuntimeError as error:
+            self._fail(contestant, str(error))
+            self._keep()
+
+    def _cache(self, contestant: Contestant, folder: Path) -> Path | None:
+        """A cache of the contestant's own: engines that a user built may be of other threads.
+
+        Those for a GPU take long to build, so they stay in the user's.
+        """
+        return folder / "caches" / contestant.name if contestant.backend in ON_CPU else None
+
+    def _rates(self, number: int) -> None:
+        kinds = dict.fromkeys((each.backend, each.precision) for each in self._present() if each.bundle)
+        for backend, precision in kinds:
+            about = {"backend": backend, "precision": precision, "round": number}
+            try:
+                rates = in_new_process(measure_rates, backend, precision, self._plan.settings.threads)
+            except Exception as error:  # no rate is no reason to measure nothing
+                if number == 0:
+                    self._result["rates"].append({**about, "error": f"{error}"})
+            else:
+                self._result["rates"].append({**about, **asdict(rates)})
+            self._keep()
+
+    def _cold(self, folder: Path, rounds: int) -> None:
+        first = self._plan.works[0]
+        steps = min(COLD_STEPS, max(work.steps for work in self._plan.works))
+        work = replace(first, batch=1, steps=steps)
+        found = cold.starters(self._present(), self._plan.settings, work, folder)
+        done = 0
+
+        def told() -> None:
+            nonlocal done
+            done += 1
+            self._tell("cold starts", done, (rounds + 1) * len(found), "")
+            self._result["cold"] = [{"steps": steps, **each.to_json()} for each in found]
+            self._keep()
+
+        cold.measure(found, rounds, folder / "picture.png", told)
+
+    def _count(self) -> None:
+        for bundle in dict.fromkeys(each.bundle for each in self._present() if each.bundle):
+            shapes = [works[0] for _, works in self._plan.by_shape()]
+            guidance = self._plan.settings.guidance_scale
+            try:
+                found = in_new_process(count_bundle, bundle, shapes, guidance)
+            except ImportError as error:
+                found = [{"bundle": Path(bundle).name, "error": f"{error}: pip install 'allaprima[bench]'"}]
+            self._result["counts"] += found
+            self._keep()
+
+    def _scenarios(self, folder: Path, asked: Traffic) -> None:
+        asked = replace(asked, loadgen=asked.loadgen and loadgen.available())
+        for index, contestant in enumerate(self._present()):
+            self._tell("scenarios", index, len(self._contestants), contestant.name)
+            job = ScenarioRun(contestant, self._plan, asked, self._cache(contestant, folder))
+            work = asdict(self._plan.works[-1])
+            try:
+                with closing(listen(job)) as said:
+                    for _, found in said:
+                        self._result["scenarios"].append({"contestant": contestant.name, **work, **found})
+                        self._keep()
+            except RuntimeError as error:
+                self._fail(contestant, str(error))
+                self._keep()

@@ -1,0 +1,132 @@
+"""From what was asked for to a plan and its contestants, with the reason for each that there is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from allaprima.benchmarks.checkpoints import SHAPES
+from allaprima.benchmarks.contestants import Contestant, Field, find_peers
+from allaprima.benchmarks.ours import ON_CPU, contestant, ways
+from allaprima.benchmarks.plan import Plan, Settings, Work, grid
+from allaprima.benchmarks.process import in_new_process
+from allaprima.bundle import AllaprimaError, Bundle, RequestError, builtin_bundle, open_bundle, resolve
+from allaprima.cli.machine import read_machine
+
+PROMPT = "a red circle above a blue square on a white background"
+STEPS = (1, 4, 8, 20, 30, 50)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command; None and () are its defaults, which depend on the bundle."""
+
+    bundles: tuple[str, ...]
+    steps: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    batches: tuple[int, ...] = (1,)
+    backends: tuple[str, ...] = ("auto",)
+    precisions: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    checkpoint: Path | None = None
+    fixed: bool = False
+    prompt: str = PROMPT
+    sampler: str | None = None
+    guidance: float | None = None
+    seed: int = 7
+    threads: int | None = None
+    rounds: int = 3
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """What is to be measured; `absent` has the reason by name."""
+
+    name: str
+    plan: Plan
+    contestants: tuple[Contestant, ...]
+    absent: dict[str, str]
+
+
+def line_up(asked: Asked, *, table: bool) -> Lineup:
+    """Check what was asked for and find everybody; `table` says that all step counts are wanted by default.
+
+    Raises BundleError, BackendError or RequestError.
+    """
+    first, *_ = bundles = [open_bundle(resolve(name)) for name in asked.bundles]
+    plan = _plan(asked, first, table=table)
+    for bundle in bundles:
+        _check(bundle, plan.works, plan.settings)
+    contestants, absent = _ours(asked, bundles)
+    checkpoint = asked.checkpoint or _own_checkpoint(first)
+    field = Field(asked.bundles[0], checkpoint, any(each.backend not in ON_CPU for each in contestants))
+    for name in asked.peers:
+        try:
+            contestants += find_peers(name, field)
+        except RequestError as error:
+            if "unknown" in str(error):
+                raise
+            absent[name] = str(error)
+        except AllaprimaError as error:
+            absent[name] = str(error)
+    names = [each.name for each in contestants]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestError(f"{', '.join(double)}: two contestants of one name, leave one out")
+    return Lineup(first.manifest.name, plan, tuple(contestants), absent)
+
+
+def _plan(asked: Asked, bundle: Bundle, *, table: bool) -> Plan:
+    manifest = bundle.manifest
+    defaults = manifest.defaults
+    sampler = asked.sampler
+    if sampler is None and manifest.family == "stable-diffusion":
+        # One call of the model for each step, and known to every peer.
+        sampler = "dpmpp_2m"
+    guidance = defaults.guidance_scale if asked.guidance is None else asked.guidance
+    threads = read_machine().cores if asked.threads is None else asked.threads
+    steps = asked.steps or (STEPS if table else (defaults.num_inference_steps,))
+    sizes = asked.sizes or ((defaults.width, defaults.height),)
+    settings = Settings(asked.prompt, sampler, asked.seed, guidance, threads)
+    return Plan(grid(steps, sizes, asked.batches), settings, asked.rounds, asked.repeats)
+
+
+def _check(bundle: Bundle, works: Iterable[Work], settings: Settings) -> None:
+    """Refuse what no contestant could paint, before anything is measured."""
+    from allaprima.runtime.request import Request
+
+    for work in works:
+        Request(
+            settings.prompt,
+            num_inference_steps=work.steps,
+            guidance_scale=settings.guidance_scale,
+            sampler=settings.sampler,
+            seed=settings.seed,
+            height=work.height,
+            width=work.width,
+            num_images=work.batch,
+        ).check(bundle.manifest)
+
+
+def _ours(asked: Asked, bundles: Sequence[Bundle]) -> tuple[list[Contestant], dict[str, str]]:
+    contestants: list[Contestant] = []
+    absent: dict[str, str] = {}
+    for name, bundle in zip(asked.bundles, bundles, strict=True):
+        label = bundle.folder.name if len(bundles) > 1 else ""
+        for way in in_new_process(ways, name, asked.backends, asked.precisions):
+            each = contestant(name, way, label)
+            if way.refused:
+                absent[each.name] = way.refused
+                continue
+            contestants.append(each)
+            if asked.fixed and way.backend == "openvino":
+                contestants.append(contestant(name, way, label, fixed=True))
+    return contestants, absent
+
+
+def _own_checkpoint(bundle: Bundle) -> Path | None:
+    """The checkpoint of the built-in model, in a checkout."""
+    if bundle.manifest.name == "shapes" and SHAPES.is_dir() and bundle.folder == builtin_bundle("shapes"):
+        return SHAPES
+    return None

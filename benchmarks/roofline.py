@@ -1,0 +1,129 @@
+"""How far a graph is from the machine's limit.
+
+Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009): a kernel of
+I operations a byte cannot do more than min(peak, I * bandwidth) operations a second.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allaprima.benchmarks.counting import WIDTHS, count_graph
+from allaprima.benchmarks.plan import Work
+from allaprima.benchmarks.result import Result, measurements
+from allaprima.bundle import AllaprimaError, Bundle, open_bundle, resolve
+
+
+@dataclass(frozen=True)
+class Point:
+    """One component of a contestant at one shape: seconds of a call, and what bounds them.
+
+    `operations` of a call and `intensity` in operations a byte; `limit` in operations a second.
+    """
+
+    contestant: str
+    component: str
+    work: Work
+    seconds: float
+    operations: float
+    intensity: float
+    limit: float
+
+    @property
+    def rate(self) -> float:
+        """Operations a second."""
+        return self.operations / self.seconds
+
+    @property
+    def share(self) -> float:
+        """Of the limit; above 1 where the limit's own measurement did worse than the graph."""
+        return self.rate / self.limit
+
+
+def count_bundle(folder: str, works: Sequence[Work], guidance: float) -> list[dict[str, Any]]:
+    """Operations of every component at every shape, as a result holds them. To be called in a new process.
+
+    A component that cannot be counted has the reason. Raises BundleError; ImportError where onnx is missing.
+    """
+    bundle = open_bundle(resolve(folder))
+    found = []
+    for work in dict.fromkeys(works):
+        for role, component in bundle.manifest.components.items():
+            about: dict[str, Any] = {
+                "bundle": Path(folder).name,
+                "component": role,
+                "shape": list(work.shape),
+            }
+            try:
+                extents = _extents(bundle, role, work, guidance)
+                shapes = {spec.name: spec.resolve(extents) for spec in component.inputs}
+                count = count_graph(bundle.path(component.graph), shapes)
+            except (AllaprimaError, KeyError) as error:
+                found.append({**about, "error": str(error)})
+                continue
+            found.append(
+                {
+                    **about,
+                    "operations": dict(count.operations),
+                    "weights": count.weights,
+                    "activations": count.activations,
+                }
+            )
+    return found
+
+
+def _extents(bundle: Bundle, role: str, work: Work, guidance: float) -> Mapping[str, int]:
+    """The axes of a component as the pipeline runs it: decoding one picture, reading all prompts."""
+    latent, branches = bundle.manifest.latent, 2 if guidance != 1 else 1
+    texts = role in bundle.manifest.tokenizers
+    return {
+        "B": branches if texts else 1 if role.startswith("vae") else work.batch,
+        "G": branches,
+        "H": work.height // latent.downscale,
+        "W": work.width // latent.downscale,
+        "L": bundle.manifest.length,
+        "height": work.height,
+        "width": work.width,
+    }
+
+
+def points(result: Result) -> list[Point]:
+    """For every contestant whose engines were timed, in every shape: each component that was counted."""
+    counts = {
+        (each["bundle"], each["component"], tuple(each["shape"])): each
+        for each in result["counts"]
+        if "error" not in each
+    }
+    limits = _limits(result["rates"])
+    seconds: dict[tuple[str, str, tuple[int, int, int]], tuple[Work, list[float]]] = {}
+    for name, _, work, entry in measurements(result):
+        for role, engine in (entry["engine"] or {}).items():
+            _, calls = seconds.setdefault((name, role, work.shape), (work, []))
+            calls += [value / engine["calls"] for value in engine["seconds"]]
+    found = []
+    for (name, role, shape), (work, calls) in seconds.items():
+        contestant = result["contestants"][name]
+        count = counts.get((contestant["bundle"], role, shape))
+        limit = limits.get((contestant["backend"], contestant["precision"]))
+        if count and limit:
+            operations = sum(count["operations"].values())
+            moved = WIDTHS[contestant["precision"]] * (count["weights"] + count["activations"])
+            intensity = operations / moved
+            bound = min(limit[0], intensity * limit[1])
+            found.append(Point(name, role, work, statistics.median(calls), operations, intensity, bound))
+    return found
+
+
+def _limits(rates: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
+    """The best rate and bandwidth of each backend and precision."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    for each in rates:
+        if "error" not in each:
+            key = each["backend"], each["precision"]
+            best = found.get(key, (0.0, 0.0))
+            found[key] = max(best[0], each["operations"]), max(best[1], each["bandwidth"])
+    return found

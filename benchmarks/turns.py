@@ -1,0 +1,169 @@
+"""One turn of one contestant: a process of its own that says every measurement at once.
+
+So what was measured outlives a turn that is cut short, whoever cuts it.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from allaprima.benchmarks.contestants import Contestant, Painted, Painter
+from allaprima.benchmarks.plan import Plan, Work
+from allaprima.benchmarks.process import peak_memory
+from allaprima.benchmarks.quality import picture_name
+from allaprima.bundle import AllaprimaError
+
+Message = tuple[str, Any]
+Say = Callable[[Message], None]
+Job = Callable[[Say], None]
+
+KILLED = "the process was killed, perhaps for want of memory"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One call of a contestant: all in seconds.
+
+    `seconds` go from the prompt to the pictures of the batch; `png` is what it takes to encode one of them,
+    which is not in `seconds`. `engine` is the part that the graphs took, None if it is not known.
+    """
+
+    work: Work
+    seconds: float
+    png: float
+    stages: Mapping[str, float]
+    engine: Mapping[str, tuple[float, int]] | None
+
+
+@dataclass
+class Turn:
+    """What came of one turn. Memory is the process's peak, in bytes."""
+
+    round: int
+    load: float | None = None
+    memory: int | None = None
+    device_memory: int | None = None
+    pictures: list[Picture] = field(default_factory=list)
+    complete: bool = False
+
+
+def run_turn(
+    contestant: Contestant, plan: Plan, number: int, *, cache: Path | None, keep: Path | None = None
+) -> Generator[Turn, None, None]:
+    """The turn as it grows: one object, given again after every measurement.
+
+    One picture of each configuration goes to the folder `keep`. `cache` is where the
+    contestant's engines lie, None for the user's own cache. Raises RuntimeError with the reason if it fails.
+    """
+    turn = Turn(number)
+    for kind, value in listen(Painting(contestant, plan, cache, keep)):
+        if kind == "loaded":
+            turn.load = value
+        elif kind == "picture":
+            turn.pictures.append(value)
+        elif kind == "memory":
+            turn.memory, turn.device_memory = value
+        yield turn
+    turn.complete = True
+    yield turn
+
+
+@dataclass(frozen=True)
+class Painting:
+    """The job of a turn: open, then for each shape warm up and paint every configuration `repeats` times."""
+
+    contestant: Contestant
+    plan: Plan
+    cache: Path | None
+    keep: Path | None
+
+    def __call__(self, say: Say) -> None:
+        """Do it, and say what was measured."""
+        with opened(self.contestant, self.plan, self.cache) as (painter, load):
+            say(("loaded", load))
+            for warm_up, works in self.plan.by_shape():
+                painter.paint(warm_up)
+                for repeat in range(self.plan.repeats):
+                    for work in works:
+                        picture, painted = time_picture(painter, work)
+                        say(("picture", picture))
+                        if self.keep is not None and repeat == 0:
+                            painted.images[0].save(self.keep / picture_name(work))
+            say(("memory", (peak_memory(), painter.device_memory())))
+
+
+@contextmanager
+def opened(contestant: Contestant, plan: Plan, cache: Path | None) -> Iterator[tuple[Painter, float]]:
+    """A contestant's model, and the seconds it took to load, the import of its libraries included."""
+    if cache is not None:
+        os.environ["ALLAPRIMA_CACHE"] = str(cache)
+    started = perf_counter()
+    painter = contestant.open(plan.settings, plan.works)
+    try:
+        yield painter, perf_counter() - started
+    finally:
+        painter.close()
+
+
+def time_picture(painter: Painter, work: Work) -> tuple[Picture, Painted]:
+    """Paint a batch and time it."""
+    started = perf_counter()
+    painted = painter.paint(work)
+    seconds = perf_counter() - started
+    started = perf_counter()
+    painted.images[0].save(io.BytesIO(), format="PNG")
+    png = perf_counter() - started
+    engine = {role: (share.seconds, share.calls) for role, share in painted.engine.items()}
+    return Picture(work, seconds, png, dict(painted.stages), engine or None), painted
+
+
+def listen(job: Job) -> Generator[Message, None, None]:
+    """What a job says in a process of its own, as it says it.
+
+    The process ends when the iterator is closed. Raises RuntimeError with the reason if the job fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            try:
+                kind, value = ours.recv()
+            except EOFError:
+                raise RuntimeError(KILLED) from None
+            if kind == "end":
+                return
+            if kind == "failed":
+                raise RuntimeError(value)
+            yield kind, value
+    finally:
+        ours.close()
+        process.terminate()
+        process.join()
+
+
+def _work(job: Job, connection: Connection) -> None:
+    # Ctrl-C reaches all processes of the terminal: the parent decides what becomes of this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        job(connection.send)
+        last: Message = "end", None
+    except BrokenPipeError:  # nobody listens any more
+        return
+    except Exception as error:  # a peer that is missing or broken is a result, not the end
+        named = isinstance(error, AllaprimaError)
+        last = "failed", str(error) if named else f"{type(error).__name__}: {error}"
+    with suppress(BrokenPipeError):
+        connection.send(last)

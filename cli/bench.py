@@ -1,0 +1,296 @@
+"""`allaprima bench`: what decides between runtimes, measured; and two measurements compared."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from allaprima.bundle import BackendError, RequestError
+from allaprima.cli.output import add_json, add_quiet, print_json, print_table, print_warnings, progress_bar
+
+if TYPE_CHECKING:
+    from allaprima.benchmarks.comparison import Verdict
+    from allaprima.benchmarks.harness import Measured
+    from allaprima.benchmarks.lineup import Asked, Lineup
+    from allaprima.benchmarks.result import Result
+
+COMPARE, _IS_SLOWER = "compare", 1
+"""The word that compares two results, and the exit code if the second is slower."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.usage = "allaprima bench [BUNDLE ...] [options]\n       allaprima bench compare A B [options]"
+    parser.description = (
+        "Measures latency, throughput, memory and the distance from the machine's limit, our backends and "
+        "other libraries in turn; or says what changed between two results (exit code 1: it is slower)."
+    )
+    parser.add_argument(
+        "words",
+        metavar="BUNDLE",
+        nargs="*",
+        help="folders or built-in names (shapes); or: compare, and two results or their folders",
+    )
+    _add_work(parser)
+    _add_contestants(parser)
+    _add_scenarios(parser)
+    _add_comparison(parser)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder of the report (bench-NAME)")
+    add_json(parser)
+    add_quiet(parser)
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is painted")
+    add = group.add_argument
+    add("--steps", metavar="N,...", type=_numbers, default=(), help="denoising steps (1,4,8,20,30,50)")
+    add("--sizes", metavar="WxH,...", help="in pixels (the model's own)")
+    add("--batch", metavar="N,...", type=_numbers, default=(1,), help="pictures at once (1)")
+    add("--guidance", metavar="SCALE", type=float, help="guidance scale (the model's own)")
+    add("--sampler", metavar="NAME", help="see: allaprima samplers (dpmpp_2m, or the model's own)")
+    add("--seed", metavar="N", type=int, default=7, help="of the first picture (7)")
+    add("--rounds", metavar="N", type=int, default=3, help="turns of each contestant (3)")
+    add("--repeats", metavar="N", type=int, default=3, help="of each configuration in a turn (3)")
+    add("--cold", metavar="N", type=int, default=3, help="first pictures of new processes; 0 is none (3)")
+    add("--no-roofline", action="store_true", help="do not measure what the machine can do")
+
+
+def _add_contestants(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("who paints")
+    add = group.add_argument
+    add(
+        "--backend",
+        metavar="NAME,...",
+        type=_words,
+        default=("auto",),
+        help="our own; all is what works (auto)",
+    )
+    add(
+        "--precision",
+        metavar="NAME,...",
+        type=_words,
+        default=(),
+        help="fp32, fp16, bf16 (the backend's best)",
+    )
+    add("--fixed", action="store_true", help="with openvino, engines for these shapes alone besides")
+    add("--threads", metavar="N", type=int, help="of the CPU, for everybody (all cores)")
+    add(
+        "--vs",
+        metavar="NAME,...",
+        type=_words,
+        default=(),
+        help="other libraries: diffusers, diffusers-compile",
+    )
+    add("--checkpoint", metavar="DIR", type=Path, help="the bundle's diffusers folder, for other libraries")
+
+
+def _add_scenarios(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how it is asked")
+    add = group.add_argument
+    add(
+        "--scenario",
+        metavar="NAME,...",
+        type=_words,
+        default=("latency",),
+        help="latency (the table of configurations), single-stream, offline, server (latency)",
+    )
+    add("--latency", metavar="SECONDS", type=float, help="the server's bound for 99 %% of its queries")
+    add("--queries", metavar="N", type=int, default=100, help="of each scenario (100)")
+    add("--no-loadgen", action="store_true", help="do not repeat scenarios with mlcommons-loadgen")
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("of compare")
+    add = group.add_argument
+    add(
+        "--level",
+        metavar="X",
+        type=float,
+        default=0.95,
+        help="of confidence, in all verdicts together (0.95)",
+    )
+    add(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="differences that do not matter, as 0.02 (0)",
+    )
+
+
+def run(options: argparse.Namespace) -> int | None:
+    """Measure or compare."""
+    if options.words[:1] == [COMPARE]:
+        return _compare(options)
+    return _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> int | None:
+    from allaprima.benchmarks.harness import Harness
+    from allaprima.benchmarks.lineup import line_up
+    from allaprima.benchmarks.result import new_result, write
+
+    measured = _measured(options)
+    lineup = line_up(_asked(options), table=measured.latency)
+    folder = options.output or Path(f"bench-{lineup.name}")
+    result = new_result(f"allaprima {shlex.join(sys.argv[1:])}", lineup.name, lineup.plan)
+    result["absent"].update(lineup.absent)
+    write(folder, result)
+    stopped = None
+    with progress_bar(quiet=options.quiet) as report, _terminated():
+        harness = Harness(
+            result, lineup.contestants, lineup.plan, keep=lambda: write(folder, result), tell=report
+        )
+        try:
+            harness.run(measured)
+        except KeyboardInterrupt as interrupt:
+            result["stopped"], stopped = "it was interrupted", interrupt
+            write(folder, result)
+    _tell(options, result, lineup, folder)
+    if stopped is not None:
+        raise stopped
+    if not any(each["turns"] for each in result["contestants"].values()) and not result["scenarios"]:
+        reasons = "; ".join(f"{name}: {why}" for name, why in result["absent"].items())
+        raise BackendError(f"nothing could be measured: {reasons}")
+    return None
+
+
+def _measured(options: argparse.Namespace) -> Measured:
+    """What the options ask for. Raises RequestError."""
+    from allaprima.benchmarks import scenarios
+    from allaprima.benchmarks.harness import Measured
+
+    names = tuple(name for name in options.scenario if name != "latency")
+    asked = None
+    if names:
+        asked = scenarios.Traffic(names, options.queries, options.latency, not options.no_loadgen)
+    if options.cold < 0:
+        raise RequestError(f"cold is {options.cold}: give 0 or more")
+    return Measured("latency" in options.scenario, options.cold, not options.no_roofline, asked)
+
+
+def _asked(options: argparse.Namespace) -> Asked:
+    from allaprima.benchmarks.lineup import Asked
+    from allaprima.engine import parse_sizes
+
+    return Asked(
+        bundles=tuple(options.words) or ("shapes",),
+        steps=options.steps,
+        sizes=() if options.sizes is None else tuple(parse_sizes(options.sizes)),
+        batches=options.batch,
+        backends=options.backend,
+        precisions=options.precision,
+        peers=options.vs,
+        checkpoint=options.checkpoint,
+        fixed=options.fixed,
+        sampler=options.sampler,
+        guidance=options.guidance,
+        seed=options.seed,
+        threads=options.threads,
+        rounds=options.rounds,
+        repeats=options.repeats,
+    )
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """A request to end (`kill`) is taken as Ctrl-C: what was measured is kept, and the report says so."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread, so nobody ends us that way
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(options: argparse.Namespace, result: Result, lineup: Lineup, folder: Path) -> None:
+    from allaprima.benchmarks.page import HEAD, result_rows, scenario_rows, write_report
+    from allaprima.benchmarks.summary import rows
+
+    path, missing = write_report(result, folder)
+    if options.json:
+        print_json(result)
+    if options.quiet:
+        return
+    print_warnings([f"{name} was not measured: {why}" for name, why in result["absent"].items()])
+    if missing:
+        print_warnings([missing])
+    if options.json:
+        return
+    found = rows(result)
+    if found:
+        print_table(HEAD, result_rows(found))
+    if result["scenarios"]:
+        print_table(*scenario_rows(result))
+    print(path)
+
+
+def _compare(options: argparse.Namespace) -> int | None:
+    from allaprima.benchmarks.comparison import SLOWER, compare, differences
+    from allaprima.benchmarks.result import read
+
+    if len(options.words) != 3:
+        raise RequestError(f"compare takes two results, not {len(options.words) - 1}: their files or folders")
+    before, after = (read(Path(word)) for word in options.words[1:])
+    verdicts = compare(before, after, level=options.level, tolerance=options.tolerance)
+    notes = differences(before, after)
+    if options.json:
+        print_json({"verdicts": [_verdict_to_json(each) for each in verdicts], "differences": notes})
+    elif not options.quiet:
+        print_warnings(f"the results differ in {note}" for note in notes)
+        print_table(
+            ("contestant", "configuration", "latency, ratio", "interval", "verdict"), map(_row, verdicts)
+        )
+    return _IS_SLOWER if any(each.verdict == SLOWER for each in verdicts) else None
+
+
+def _row(verdict: Verdict) -> tuple[str, ...]:
+    interval = verdict.interval
+    shown = (
+        ("–", "needs 2 rounds of each")
+        if interval is None
+        else (
+            f"{interval.ratio:.3f}",
+            f"{interval.low:.3f} – {interval.high:.3f}",
+        )
+    )
+    return verdict.contestant, str(verdict.work or "all together"), *shown, verdict.verdict
+
+
+def _verdict_to_json(verdict: Verdict) -> dict[str, object]:
+    from dataclasses import asdict
+
+    work, interval = verdict.work, verdict.interval
+    return {
+        "contestant": verdict.contestant,
+        "configuration": None if work is None else asdict(work),
+        "interval": None if interval is None else asdict(interval),
+        "verdict": verdict.verdict,
+    }
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    words = _words(text)
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers: write them as 1,4,8")
+    return tuple(map(int, words))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list: write names with commas between them")
+    return words
