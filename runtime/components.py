@@ -227,8 +227,8 @@ class HeldSession:
         smaller = "ask for fewer or smaller pictures, " if need else ""
         raise BackendError(
             f"the {self.role} needs about {show_bytes(self._least + need)}{of_it}, more than the memory "
-            f"limit of {show_bytes(limit)}: raise it, {smaller}or take another backend, or a bundle that was "
-            "exported with smaller weights"
+            f"limit of {show_bytes(limit)}: raise it, {smaller}take another backend, or export the "
+            "checkpoint with smaller weights (--precision bf16)"
         )
 
 

@@ -198,7 +198,7 @@ def test_the_picture_encoder_too(opens: Opens, bundle: Bundle, log: list[str]) -
 def test_a_limit_below_the_largest(opens: Opens, bundle: Bundle) -> None:
     with pytest.raises(
         BackendError,
-        match=r"the denoiser needs about 800\.0 MB, more than the memory limit of 700\.0 MB: raise it, or",
+        match=r"the denoiser needs about 800\.0 MB, more than the memory limit of 700\.0 MB: raise it, take",
     ):
         opens(700 * MB)
     with pytest.raises(BackendError, match=r"the \w+ needs about .* limit of 1\.0 kB"):
