@@ -148,6 +148,10 @@ class TimedMemory:
         with self._clock.span(TRANSFER):
             self._inner.copy(target, source)
 
+    def synchronize(self) -> None:
+        """See Memory.synchronize."""
+        self._inner.synchronize()
+
 
 class TimedBlock:
     """See Block."""

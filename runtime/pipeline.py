@@ -119,9 +119,7 @@ class Pipeline:
         opened = open_bundle(resolve(str(bundle)), verify=verify)
         name = choose(backend, opened)
 
-        opener = Opener(
-            opened, name, precision=precision, threads=threads, memory_limit=limit, watch=watch
-        )
+        opener = Opener(opened, name, precision=precision, threads=threads, memory_limit=limit, watch=watch)
         with ExitStack() as undo:
             sessions = {}
             watched = (SAFETY,) if safety_checker and SAFETY in opened.manifest.components else ()
