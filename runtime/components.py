@@ -204,14 +204,16 @@ class HeldSession:
 
     def unload(self) -> None:
         """See Session.unload; bindings let go too."""
-        if self._loaded:
-            self.memory.synchronize()  # a device may still be at work with the weights
-        for binding in self._bindings:
-            binding.drop()
-        self._session.unload()
-        self._loaded = False
-        self._budget.drop(self)
-        trim()
+        try:
+            if self._loaded:
+                self.memory.synchronize()  # a device may still be at work with the weights
+        finally:
+            for binding in self._bindings:
+                binding.drop()
+            self._session.unload()
+            self._loaded = False
+            self._budget.drop(self)
+            trim()
 
     def close(self) -> None:
         """See Session.close."""

@@ -1,0 +1,78 @@
+"""What is reckoned for a memory limit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allaprima.bundle import BackendError, Component, EngineFile
+from allaprima.runtime.backends import footprint
+from allaprima.runtime.footprint import Footprint, activations, parse_bytes, show_bytes
+from allaprima.runtime.memory import on_host
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (123, 123),
+        ("123", 123),
+        ("0", 0),
+        ("8GB", 8 * 10**9),
+        (" 1.5 gib ", 3 << 29),
+        ("2KiB", 2048),
+        ("7b", 7),
+    ],
+)
+def test_bytes_are_read(text: int | str, count: int) -> None:
+    assert parse_bytes("memory_limit", text) == count
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999 B"), (1000, "1.0 kB"), (1_510_001, "1.6 MB"), (65 * 10**9, "65.0 GB")]
+)
+def test_bytes_are_shown_so_that_they_are_enough(count: int, text: str) -> None:
+    assert show_bytes(count) == text
+    assert parse_bytes("shown", text) >= count
+
+
+@pytest.mark.parametrize("text", ["eight", "8 gigabytes", "-8GB", "8GB 1MB", None, 2.0])
+def test_what_is_no_number_of_bytes(text: object) -> None:
+    with pytest.raises(BackendError, match="memory_limit is "):
+        parse_bytes("memory_limit", text)  # type: ignore[arg-type]
+
+
+def test_activations_grow_with_the_picture_and_the_batch() -> None:
+    def denoiser(lanes: int, branches: int, side: int, precision: str = "fp32") -> int:
+        sample = np.zeros((lanes, 4, side, side), np.float32)
+        guidance = np.zeros((branches, lanes), np.float32)
+        return activations(on_host({"sample": sample, "guidance": guidance}), precision)
+
+    def decoder(side: int) -> int:
+        return activations(on_host({"image": np.zeros((1, side, side, 3), np.uint8)}), "fp32")
+
+    assert denoiser(2, 2, 8) == pytest.approx(4 * denoiser(1, 1, 8), rel=1e-3)
+    assert denoiser(1, 1, 16) == pytest.approx(4 * denoiser(1, 1, 8), rel=1e-3)
+    assert denoiser(1, 1, 8, "bf16") < denoiser(1, 1, 8)
+    assert decoder(512) == 4 * decoder(256)
+    assert activations(on_host({"ids": np.zeros((2, 77), np.int64)}), "fp32") == 2 * 77 * 8
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "times"),
+    [("openvino", "fp32", 2), ("openvino", "fp16", 4), ("ort", "fp32", 1), ("ort", "fp16", 3)],
+)
+def test_weights(tmp_path: Path, backend: str, precision: str, times: int) -> None:
+    """All files beside the graph count."""
+    for name, size in (("model.onnx", 100), ("model.data", 900)):
+        (tmp_path / name).write_bytes(bytes(size))
+    component = Component("denoiser/model.onnx", precision, (), (), ())
+    wanted = Footprint(times * 1000, times * 1000)
+    assert footprint(tmp_path / "model.onnx", component, backend) == wanted
+
+
+def test_weights_of_an_engine(tmp_path: Path) -> None:
+    engine = tmp_path / "model.blob"
+    engine.write_bytes(bytes(500))
+    component = Component("denoiser/model.onnx", "fp16", (), (), ())
+    found = footprint(tmp_path / "gone" / "model.onnx", component, "openvino", [EngineFile(engine)])
+    assert found == Footprint(1000, 1000)
