@@ -158,12 +158,12 @@ class Manifest(Record):
 
     `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder, and in
     larger models text_encoder_2; "kandinsky-3" has the first four, "kandinsky-2.2" also prior, with
-    prior/settings.json. `precision` is the denoiser's; each component has its own. `tokenizers` belong to
-    the text encoders, under the same names. `zero_negative`: no negative prompt means a condition of zeros, not that of an empty text.
-    `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the number of earlier
-    predictions that the denoiser takes. `preview` is None where the autoencoder's latents are not finite.
-    `versions` says what made it. `files` lists every file but bundle.json, by its path with `/`; a
-    `BundleWriter` fills it in.
+    prior/settings.json. `precision` is the denoiser's; each component has its own. `tokenizers` belong to the
+    text encoders, under the same names. `zero_negative`: no negative prompt means a condition of zeros, not
+    that of an empty text. `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the
+    number of earlier predictions that the denoiser takes. `preview` is None where the autoencoder's latents
+    are not finite. `versions` says what made it. `files` lists every file but bundle.json, by its path with
+    `/`; a `BundleWriter` fills it in.
     """
 
     schema: int

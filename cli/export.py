@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="how a distilled model is sampled: turbo, lightning, lcm or tcd (default: as its files say)",
+        help="how a distilled model is sampled: turbo, lightning, lcm, tcd or flash (default: as its "
+        "files say)",
     )
     parser.add_argument("--steps", metavar="N", type=int, help="the bundle's default number of steps")
     parser.add_argument("--guidance", metavar="SCALE", type=float, help="the bundle's default guidance scale")

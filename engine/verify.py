@@ -35,8 +35,8 @@ def measure_error(
     extents = {"B": 1, "G": 2, "H": 2 * side, "W": 3 * side, "L": bundle.manifest.length}
     if profile is not None:
         extents |= {axis: best for axis, (_, best, _) in profile.extents.items()}
-    # The special tokens are the last of CLIP's vocabulary, so all ids up to them have an embedding.
-    specials = [1 + max(each.bos, each.eos, each.pad) for each in bundle.manifest.tokenizers.values()]
+    # All ids up to a special token's have an embedding. CLIP's are its last, T5's its first.
+    specials = [1 + max(each.bos or 0, each.eos, each.pad) for each in bundle.manifest.tokenizers.values()]
     inputs = draw_inputs(component, extents, min(specials))
     precision = engine.precision
     wanted = _run(reference, component, inputs, extents)
@@ -71,6 +71,10 @@ def _draw(
         return random.uniform(0, 999, shape).astype(np.float32)
     if spec.name == "time_ids":
         return random.integers(0, 1024, shape).astype(np.float32)
+    if spec.name.endswith("attention_mask"):  # padding in the second half
+        return np.broadcast_to(np.arange(shape[1]) <= shape[1] // 2, shape).astype(np.float32)
+    if spec.name == "pooling_weights":
+        return np.full(shape, 1 / shape[1], np.float32)
     if spec.name == "thresholds":
         return np.stack([np.full(shape[0], 0.9), np.full(shape[0], 1.5)], axis=1).astype(np.float32)
     if spec.name == "bounds":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def read_tokenizer(checkpoint: Checkpoint, part: str, length: int, *, bos: bool 
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in needed}
     if None in ids.values():
         raise ExportError(
-            f"the {part} lacks {'a beginning, ' * bos}an end or a padding token: its configuration is incomplete"
+            f"the {part} lacks {'a beginning, ' * bos}an end or a padding token: it is incomplete"
         )
     length = min(length, tokenizer.model_max_length)
     return TokenizerSpec(f"{part}/tokenizer.json", length, **{"bos": None, **ids})
@@ -75,13 +76,26 @@ def write_tokenizer(checkpoint: Checkpoint, part: str, path: Path) -> None:
 def _load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
     from transformers import CLIPTokenizer, T5Tokenizer
 
-    kind = T5Tokenizer if checkpoint.has(part) and checkpoint.kind(part).startswith("T5") else CLIPTokenizer
+    kind = CLIPTokenizer
+    if checkpoint.has(part) and checkpoint.kind(part).startswith("T5"):
+        kind = T5Tokenizer
+        _check_sentencepiece(checkpoint.place(part))
     try:
         return kind.from_pretrained(checkpoint.place(part), local_files_only=True)
     except Exception as cause:
         raise ExportError(
             f"the tokenizer in '{checkpoint.place(part)}' cannot be loaded: {reason(cause)}"
         ) from cause
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """ExportError where a tokenizer must be converted and the library that can is not installed."""
+    alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        raise ExportError(
+            f"the tokenizer in '{folder}' is a SentencePiece model (spiece.model), and sentencepiece, which "
+            "converts it, is not installed: pip install sentencepiece"
+        )
 
 
 def read_defaults(

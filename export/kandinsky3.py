@@ -114,17 +114,18 @@ def _check_unet(unet: Mapping[str, Any], channels: int, text: TextModel) -> None
     """ExportError unless the UNet goes from latents of `channels`, and states of this text, to latents."""
     if unet.get("encoder_hid_dim") != text.width:
         raise ExportError(
-            f"the UNet expects text states of width {unet.get('encoder_hid_dim')} (encoder_hid_dim), the text "
-            f"encoder makes {text.width} (d_model): they do not belong together"
+            f"the UNet expects text states of width {unet.get('encoder_hid_dim')} (encoder_hid_dim), the "
+            f"text encoder makes {text.width} (d_model): they do not belong together"
         )
     taken = whole(unet, "unet", "in_channels")
     if taken == 2 * channels + 1:
         raise ExportError(
-            f"the UNet takes {taken} channels, as one for inpainting does, but diffusers has no inpainting of "
-            f"Kandinsky 3 and would make {taken} channels of them: export the usual one of {channels}, which "
-            "takes a mask too"
+            f"the UNet takes {taken} channels, as one for inpainting does, but diffusers has no inpainting "
+            f"of Kandinsky 3 and would make {taken} channels of them: export the usual one of {channels}, "
+            "which takes a mask too"
         )
     if taken != channels:
         raise ExportError(
-            f"the UNet takes {taken} channels and the autoencoder makes {channels}: they do not belong together"
+            f"the UNet takes {taken} channels and the autoencoder makes {channels}: they do not belong "
+            "together"
         )

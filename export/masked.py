@@ -29,7 +29,9 @@ class MaskedDenoiser(Denoiser):
     and a mask of zeros behind them, more rows change nothing.
     """
 
-    def __init__(self, unet: torch.nn.Module, conditions: Sequence[str] = (), options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, unet: torch.nn.Module, conditions: Sequence[str] = (), options: Sequence[str] = ()
+    ) -> None:
         super().__init__(unet, conditions, options)
         diffusers_unet: Any = unet
         diffusers_unet.set_attn_processor(_attend)
@@ -38,7 +40,7 @@ class MaskedDenoiser(Denoiser):
         self, sample: Tensor, timestep: Tensor, guidance: Tensor, states: Tensor, named: dict[str, Tensor]
     ) -> Tensor:
         branches, kind = guidance.shape[0], self.precision
-        output = self._run(
+        output: Any = self._run(
             sample.unsqueeze(0).expand(branches, -1, -1, -1, -1).flatten(0, 1).to(kind),
             timestep.unsqueeze(0).expand(branches, -1).flatten(),
             states.to(kind),
@@ -71,7 +73,7 @@ class MaskedDenoiser(Denoiser):
 def _attend(
     attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """What an attention of diffusers does, with its mask [N,1,L] for every query: backends do not spread it."""
+    """An attention of diffusers, its mask [N,1,L] repeated for every query: ONNX Runtime does not do it."""
     query, key, value = (
         project(states).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         for project, states in (

@@ -113,8 +113,7 @@ def _draw(
     if spec.name.endswith("attention_mask"):  # a prompt's, and its padding's
         return (np.arange(shape[1]) <= random.integers(0, shape[1], (shape[0], 1))).astype(np.float32)
     if spec.name == "pooling_weights":
-        weights = random.random(shape)
-        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+        return random.dirichlet(np.ones(shape[1]), shape[0]).astype(np.float32)
     if spec.name == "timestep":
         return random.uniform(0, 999, shape).astype(np.float32)
     if spec.name == "time_ids":

@@ -32,9 +32,11 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "lcm": Preset({"_class_name": "LCMScheduler", "timestep_spacing": "leading"}, 4, 1.0, 8.0),
     "tcd": Preset({"_class_name": "TCDScheduler", "timestep_spacing": "leading"}, 4, 0.0, 0.0),
+    "flash": Preset({"_class_name": "FlashScheduler"}, 4, 1.0, 0.0),
 }
 """SDXL-Turbo and SD-Turbo; SDXL-Lightning; latent consistency models and LoRA (arXiv 2310.04378); trajectory
-consistency models and Hyper-SD (arXiv 2402.19159, 2404.13686)."""
+consistency models and Hyper-SD (arXiv 2402.19159, 2404.13686); Kandinsky 3.1 Flash, whose scheduler is ours:
+diffusers has none."""
 
 
 @dataclass(frozen=True)

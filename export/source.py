@@ -114,9 +114,7 @@ def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # Only what is read: a repository may also hold the same weights in other precisions and as one file.
-    wanted = [
-        f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "model", "safetensors")
-    ]
+    wanted = [f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "model", "safetensors")]
     unwanted = ["*.fp16*", "*.bf16*", "*.non_ema*"]
     try:
         return Path(

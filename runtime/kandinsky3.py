@@ -37,17 +37,18 @@ class Kandinsky3:
 
     def plan(self, settings: Settings) -> MaskedTexts:
         """Read the prompts. Raises RequestError for text that is not valid Unicode."""
-        named = {"prompt": settings.prompt}
+        warnings: list[str] = []
+        prompt = self._read("prompt", settings.prompt, warnings)
+        negative = None
         if settings.branches == 2 and settings.negative_prompt is not None:
-            named["negative prompt"] = settings.negative_prompt
-        tokens = {name: self.encoder.tokenizer.encode(text) for name, text in named.items()}
-        warnings = [
-            f'the {name} is too long, this was left out: "{found.truncated}"'
-            for name, found in tokens.items()
-            if found.truncated
-        ]
-        chunks = [Chunk(found.ids, count=found.count) for found in tokens.values()]
-        return MaskedTexts(self, *chunks, warnings=(*warnings, *warn_idle(settings)))
+            negative = self._read("negative prompt", settings.negative_prompt, warnings)
+        return MaskedTexts(self, prompt, negative, (*warnings, *warn_idle(settings)))
+
+    def _read(self, name: str, text: str, warnings: list[str]) -> Chunk:
+        found = self.encoder.tokenizer.encode(text)
+        if found.truncated:
+            warnings.append(f'the {name} is too long, this was left out: "{found.truncated}"')
+        return Chunk(found.ids, count=found.count)
 
     def unload(self) -> None:
         """Let go of all buffers."""
@@ -59,7 +60,7 @@ class MaskedTexts:
     """The texts of one request, as Told; `negative` None is no text at all, not even an empty one.
 
     Every prompt has all the rows that the longest may have, so that one shape of the denoiser is enough: with
-    the mask and the weights of the pooling (see `allaprima.export.masked`) those beyond its own count nothing.
+    the mask and the weights of the pooling (see `allaprima.export.masked`) those beyond its own do nothing.
     """
 
     family: Kandinsky3

@@ -13,6 +13,7 @@ from allaprima.runtime.samplers.deis import DEISOptions
 from allaprima.runtime.samplers.dpm import DPMOptions, SinglestepOptions
 from allaprima.runtime.samplers.dpm_sde import DPMSDEOptions
 from allaprima.runtime.samplers.euler import AncestralOptions, EulerOptions
+from allaprima.runtime.samplers.flash import FlashOptions
 from allaprima.runtime.samplers.flow import FlowEulerOptions, FlowHeunOptions
 from allaprima.runtime.samplers.heun import HeunOptions, KDPM2Options
 from allaprima.runtime.samplers.lms import LMSOptions
@@ -33,7 +34,7 @@ class SamplerInfo:
     title: str
     """The name that user interfaces show."""
     scheduler: str
-    """The class of diffusers that it equals."""
+    """The class of diffusers that it equals, or a name of the same kind where diffusers has none."""
     aliases: tuple[str, ...]
     """Further names."""
     description: str
@@ -263,6 +264,12 @@ _SAMPLERS = _with_variants(
         ),
         noise="with eta",
         arguments=("eta", "timesteps"),
+    ),
+    _info(
+        *(FlashOptions, "Flash", "Flash", "For Kandinsky Flash: clean samples with fresh noise; 4 steps."),
+        "Kandinsky Flash",
+        noise="yes",
+        arguments=_LISTED,
     ),
     _info(*(UnCLIPOptions, "UnCLIP", "UnCLIP", "DDPM on a cosine schedule, for priors."), noise="yes"),
     _info(

@@ -15,6 +15,7 @@ from allaprima.runtime.samplers.deis import deis
 from allaprima.runtime.samplers.dpm import dpm, singlestep
 from allaprima.runtime.samplers.dpm_sde import dpm_sde
 from allaprima.runtime.samplers.euler import euler, euler_ancestral
+from allaprima.runtime.samplers.flash import flash
 from allaprima.runtime.samplers.flow import flow_euler, flow_heun
 from allaprima.runtime.samplers.heun import heun, kdpm2, kdpm2_ancestral
 from allaprima.runtime.samplers.lms import lms
@@ -41,6 +42,7 @@ _DRAFTS: dict[str, Callable[[Mapping[str, Any], Run], Draft]] = {
     "UniPCMultistepScheduler": unipc,
     "LCMScheduler": lcm,
     "TCDScheduler": tcd,
+    "FlashScheduler": flash,
     "UnCLIPScheduler": unclip,
     "FlowMatchEulerDiscreteScheduler": flow_euler,
     "FlowMatchHeunDiscreteScheduler": flow_heun,

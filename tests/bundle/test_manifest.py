@@ -33,6 +33,18 @@ def test_round_trip(document: dict[str, Any]) -> None:
     assert manifest.scheduler["trained_betas"] is None
 
 
+def test_a_tokenizer_without_a_beginning(document: dict[str, Any]) -> None:
+    tokenizers = document["tokenizers"]
+    assert Manifest.from_json(document).tokenizers["text_encoder"].room == 75
+    tokenizers["text_encoder"]["bos"] = None
+    manifest = Manifest.from_json(document)
+    assert manifest.tokenizers["text_encoder"].room == 76
+    assert manifest.to_json() == document
+    tokenizers["text_encoder"]["bos"] = "<s>"
+    with pytest.raises(BundleError, match="bos' should be an integer, not '<s>'"):
+        Manifest.from_json(document)
+
+
 def test_later_fields_may_be_absent(document: dict[str, Any], manifest: Manifest) -> None:
     """As in bundles that were written before there were any; where they say something, they are kept."""
     plain = document["components"]["denoiser"]

@@ -23,7 +23,7 @@ from allaprima.runtime import Pipeline, Result, read_parameters
 from allaprima.runtime.kandinsky3 import MASK, POOLING, STATES
 from allaprima.runtime.tokenizer import Tokenizer
 
-from .conftest import make_t5_tokenizer, write_tiny_kandinsky3
+from .conftest import make_t5_tokenizer
 from .test_parity import Pictures, picture, psnr
 
 PROMPT = "a small red circle above a blue square on a white background"
@@ -171,7 +171,11 @@ def step_of(lengths: tuple[int, ...], rows: int) -> Arrays:
     """Inputs of a step on samples whose texts have so many tokens, in so many rows; sample i is always it."""
     random, lanes = [torch.Generator().manual_seed(index) for index in range(len(lengths))], len(lengths)
     sample = torch.stack([torch.randn(4, 8, 8, generator=each) for each in random])
-    states, mask, pooling = torch.zeros(2, lanes, rows, 32), torch.zeros(2, lanes, rows), torch.zeros(2, lanes, rows)
+    states, mask, pooling = (
+        torch.zeros(2, lanes, rows, 32),
+        torch.zeros(2, lanes, rows),
+        torch.zeros(2, lanes, rows),
+    )
     for lane, length in enumerate(lengths):
         states[1, lane, :length] = torch.randn(length, 32, generator=random[lane])
         mask[1, lane, :length] = 1
@@ -299,7 +303,7 @@ def test_the_command_paints(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 100}, "height 100 is not a multiple of 32: the nearest valid sizes are 96 and 128"),
+        ({"height": 100}, "height 100 is not a multiple of 16: the nearest valid sizes are 96 and 112"),
         ({"clip_skip": 1}, "clip_skip is 1, but this model's text encoder cannot take it"),
         ({"long_prompts": True}, "long_prompts is True, but this model's text encoder cannot take it"),
         ({"prompt_weights": True}, "prompt_weights is True, but this model's text encoder cannot take it"),
@@ -349,7 +353,17 @@ def test_it_takes_no_prior(kandinsky3_checkpoint: Path, prior_checkpoint: Path, 
 def test_another_tokenizer_is_refused(kandinsky3_checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(kandinsky3_checkpoint, tmp_path / "copy")
     (copy / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(ExportError, match="tokenizer in .* cannot be loaded"):
+    with pytest.raises(ExportError, match=r"tokenizer in .* cannot be loaded"):
+        read_family(open_checkpoint(str(copy)))
+
+
+def test_a_sentencepiece_model_needs_its_library(
+    kandinsky3_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(kandinsky3_checkpoint, tmp_path / "copy")
+    (copy / "tokenizer" / "tokenizer.json").rename(copy / "tokenizer" / "spiece.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"spiece\.model.* pip install sentencepiece"):
         read_family(open_checkpoint(str(copy)))
 
 

@@ -26,6 +26,7 @@ BUNDLES = {
     "tiny_bundle": COMPONENTS,
     "xl_half_bundle": ["text_encoder_2", *COMPONENTS],
     "kandinsky_half_bundle": ["prior", *COMPONENTS],
+    "kandinsky3_half_bundle": COMPONENTS,
 }
 
 
@@ -114,8 +115,9 @@ def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path
         ("tiny_bf16_bundle", {"bf16"}),
         ("xl_half_bundle", {"fp16", "fp32"}),
         ("kandinsky_half_bundle", {"fp16"}),
+        ("kandinsky3_half_bundle", {"fp16", "bf16"}),
     ],
-    ids=["fp32", "bf16", "both", "kandinsky"],
+    ids=["fp32", "bf16", "both", "kandinsky", "kandinsky3"],
 )
 def test_other_precisions_compile(request: pytest.FixtureRequest, fixture: str, precisions: set[str]) -> None:
     """In float32 attention has no fused kernel, and is taken apart."""

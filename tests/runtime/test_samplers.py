@@ -111,7 +111,7 @@ ORIGINS = (
     "HeunDiscrete",
     "DPMSolverSinglestep",
 )
-CROSSING = [info for info in names() if info.scheduler[:4] not in ("Flow", "UnCL")]
+CROSSING = [info for info in names() if info.scheduler[:4] not in ("Flow", "Flas", "UnCL")]
 
 
 @pytest.mark.parametrize("origin", ORIGINS)

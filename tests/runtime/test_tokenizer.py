@@ -77,6 +77,19 @@ def test_what_was_cut(tokenizer: Tokenizer, prompt: str, truncated: str) -> None
     assert tokenizer.encode(prompt).truncated == truncated
 
 
+def test_without_a_beginning(reference: Any, manifest: Manifest, tmp_path: Path) -> None:
+    reference.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    spec = TokenizerSpec("tokenizer.json", LENGTH, None, 90, 7)
+    tokenizer = Tokenizer(Bundle(tmp_path, replace(manifest, tokenizers={"text_encoder": spec})))
+    (red,) = tokenizer.split("red")[0]
+    assert tokenizer.room == LENGTH - 1
+    assert tokenizer.encode("red").ids.tolist() == [red, 90, *[7] * (LENGTH - 2)]
+    assert (tokenizer.encode("red").count, tokenizer.encode("").count) == (2, 1)
+    full = tokenizer.encode("red " * (LENGTH - 1) + "circle")
+    assert full.ids.tolist() == [red] * (LENGTH - 1) + [90]
+    assert (full.count, full.truncated) == (LENGTH, "circle")
+
+
 def test_text_that_is_not_unicode(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="not valid Unicode"):
         tokenizer.encode("a \ud800 b")
