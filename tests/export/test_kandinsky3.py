@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from transformers import T5Tokenizer
 
 from allaprima.bundle import Bundle, BundleError, ExportError, RequestError
 from allaprima.cli.main import main
@@ -23,7 +24,6 @@ from allaprima.runtime import Pipeline, Result, read_parameters
 from allaprima.runtime.kandinsky3 import MASK, POOLING, STATES
 from allaprima.runtime.tokenizer import Tokenizer
 
-from .conftest import make_t5_tokenizer
 from .test_parity import Pictures, picture, psnr
 
 PROMPT = "a small red circle above a blue square on a white background"
@@ -262,8 +262,11 @@ def test_what_a_bundle_holds(kandinsky3_bundle: Bundle) -> None:
         "x" * 200,
     ],
 )
-def test_ids_are_those_of_transformers(kandinsky3_bundle: Bundle, prompt: str) -> None:
-    made = make_t5_tokenizer()(prompt, padding="max_length", truncation=True, max_length=128)
+def test_ids_are_those_of_transformers(
+    kandinsky3_checkpoint: Path, kandinsky3_bundle: Bundle, prompt: str
+) -> None:
+    tokenizer = T5Tokenizer.from_pretrained(kandinsky3_checkpoint / "tokenizer")
+    made = tokenizer(prompt, padding="max_length", truncation=True, max_length=128)
     found = Tokenizer(kandinsky3_bundle).encode(prompt)
     assert found.ids.tolist() == made.input_ids
     assert found.count == sum(made.attention_mask)
