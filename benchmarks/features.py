@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def _open_torchscript(model: Path) -> Features:
     import torch
 
     try:
-        module: Any = torch.jit.load(model, map_location="cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the form that Inception's weights come in
+            module: Any = torch.jit.load(model, map_location="cpu")  # type: ignore[no-untyped-call]
         module.eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise RequestError(f"{model} is no TorchScript model: {error}") from error

@@ -50,6 +50,20 @@ def precisions() -> tuple[str, ...]:
     return ("bf16", "fp32") if bf16 else ("fp32",)
 
 
+def choose_scheduler(sampler: str | None, given: str) -> str:
+    """Its name of a sampler of ours, or of a checkpoint's scheduler. Raises RequestError if it has none."""
+    from allaprima.runtime.samplers.catalog import find
+
+    info = None if sampler is None else find(sampler)
+    wanted = given if info is None else info.scheduler
+    if wanted in SCHEDULERS and (info is None or not info.overrides):
+        return SCHEDULERS[wanted]
+    names = ", ".join(find(name).name for name in SCHEDULERS)
+    raise RequestError(
+        f"{NAME} has no {given if info is None else info.name}: give --sampler, one of {names}"
+    )
+
+
 class GenaiPainter:
     """See Painter: compiled for one shape at a time, as its documentation advises."""
 
@@ -79,17 +93,9 @@ class GenaiPainter:
     def _scheduler(self) -> Any:
         import openvino_genai
 
-        from allaprima.runtime.samplers.catalog import find
-
         path = self._folder / "scheduler" / "scheduler_config.json"
         given = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
-        info = None if self.settings.sampler is None else find(self.settings.sampler)
-        wanted = given if info is None else info.scheduler
-        if wanted not in SCHEDULERS or (info is not None and info.overrides):
-            names = ", ".join(find(name).name for name in SCHEDULERS)
-            wanted = wanted if info is None else info.name
-            raise RequestError(f"{NAME} has no {wanted}: give --sampler, one of {names}")
-        kind = getattr(openvino_genai.Scheduler.Type, SCHEDULERS[wanted])
+        kind = getattr(openvino_genai.Scheduler.Type, choose_scheduler(self.settings.sampler, given))
         return openvino_genai.Scheduler.from_config(path, kind)
 
     def paint(self, work: Work) -> Painted:
