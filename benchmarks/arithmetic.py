@@ -28,12 +28,12 @@ class Interval:
 class Line:
     """latency = fixed + per_step * steps, in seconds.
 
-    `residual` is the root mean square of (measured - line) / measured.
+    `residual` is the root mean square of (measured - line) / measured; None of two points, which fit any line.
     """
 
     fixed: float
     per_step: float
-    residual: float
+    residual: float | None
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -57,7 +57,7 @@ def fit_line(steps: Sequence[int], seconds: Sequence[float]) -> Line | None:
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / np.square(x - x.mean()).sum())
     fixed = float(y.mean() - slope * x.mean())
     residual = float(np.sqrt(np.square((y - fixed - slope * x) / y).mean()))
-    return Line(fixed, slope, residual)
+    return Line(fixed, slope, residual if len(set(steps)) > 2 else None)
 
 
 def student_quantile(probability: float, freedom: float) -> float:

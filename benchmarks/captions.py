@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from allaprima.benchmarks.contestants import Contestant
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.benchmarks.turns import Say, listen, opened
-from allaprima.bundle import RequestError
+from allaprima.bundle import VERSION, RequestError
 from allaprima.models.shapes.scenes import Scene
 
 
@@ -94,10 +96,21 @@ def paint_captions(job: CaptionsRun) -> Iterator[int]:
 
     Raises RuntimeError with the reason if the contestant fails.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
+    _forget_others(job)
     with closing(listen(job)) as said:
         for _, index in said:
             yield index
+
+
+def _forget_others(job: CaptionsRun) -> None:
+    """Begin anew unless the pictures that are there were painted by this very job."""
+    about = job.folder / "about.json"
+    wanted = json.dumps([VERSION, job.steps, asdict(job.settings), [asdict(each) for each in job.captions]])
+    if about.is_file() and about.read_text(encoding="utf-8") == wanted:
+        return
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True)
+    about.write_text(wanted, encoding="utf-8")
 
 
 def places(folder: Path, captions: Sequence[Caption]) -> list[Path]:

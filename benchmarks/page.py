@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from allaprima.benchmarks.plots import chosen_steps, plot_all
+from allaprima.benchmarks.arithmetic import Interval
+from allaprima.benchmarks.plan import side_by_side
+from allaprima.benchmarks.plots import plot_all
 from allaprima.benchmarks.report import describe_machine, table
-from allaprima.benchmarks.result import Result
+from allaprima.benchmarks.result import Result, read_work
 from allaprima.benchmarks.roofline import points
 from allaprima.benchmarks.summary import Row, against, costs, fits, rows
 from allaprima.bundle import RequestError
@@ -101,13 +104,15 @@ def _ratios(result: Result, found: Sequence[Row]) -> list[str]:
     names = [name for name, each in result["contestants"].items() if each["turns"]]
     if len(names) < 2:
         return []
-    ratios = against([row for row in found if row.work.steps == chosen_steps(found)], names[0])
-    cells = [
-        (name, str(work), "–" if each is None else f"{each.ratio:.2f} ({each.low:.2f} – {each.high:.2f})")
-        for (name, work), each in ratios.items()
-    ]
+    shown = side_by_side(row.work for row in found).steps
+    ratios = against([row for row in found if row.work.steps == shown], names[0])
+    cells = [(name, str(work), f"{each.ratio:.2f} ({_ends(each)})") for (name, work), each in ratios.items()]
     head = ("contestant", "configuration", f"latency over {names[0]} (95 % interval)")
     return [*table(head, cells), ""] if cells else []
+
+
+def _ends(interval: Interval) -> str:
+    return "one round" if math.isnan(interval.low) else f"{interval.low:.2f} – {interval.high:.2f}"
 
 
 def _stages(found: Sequence[Row]) -> list[str]:
@@ -155,7 +160,7 @@ def _fits(result: Result) -> list[str]:
             f"batch {fit.batch}, {fit.width}x{fit.height}",
             f"{fit.line.fixed:.3g}",
             f"{fit.line.per_step:.3g}",
-            f"{100 * fit.line.residual:.2g} %",
+            "–" if fit.line.residual is None else f"{100 * fit.line.residual:.2g} %",
         )
         for fit in fits(rows(result))
     ]
@@ -245,15 +250,53 @@ def _scenarios(result: Result) -> list[str]:
         f"The server's rate is the largest found of which 99 % of the queries were done within {bound:g} s."
         for bound in bounds
     ]
-    return ["## Scenarios", "", *table(*scenario_rows(result)), "", *note, ""]
+    return ["## Scenarios", "", *table(*scenario_rows(result)), "", *note, *_agreement(result), ""]
+
+
+def _agreement(result: Result) -> list[str]:
+    """LoadGen's figures over our own generator's, where both measured."""
+    done = [each for each in result["scenarios"] if "error" not in each]
+    own = {(each["contestant"], each["scenario"]): each for each in done if each["generator"] == "own"}
+    cells = []
+    for each in done:
+        key = each["contestant"], each["scenario"]
+        if each["generator"] != "own" and key in own:
+            ratios = [each[name] / own[key][name] for name in ("throughput", "mean", "p50", "p99")]
+            cells.append((*key, *(f"{ratio:.2f}" for ratio in ratios)))
+    head = ("contestant", "scenario", "done/s", "mean", "p50", "p99")
+    return (
+        ["", "LoadGen's figures over those of our own generator:", "", *table(head, cells)] if cells else []
+    )
 
 
 def _quality(result: Result) -> list[str]:
+    from allaprima.benchmarks.scores import HEAD as HEAD_OF_SCORES
+    from allaprima.benchmarks.scores import rows as rows_of_scores
+
     found = result["quality"]
-    if not found:
-        return []
-    cells = [(name, f"{value:.1f} dB") for name, value in found["psnr"].items()]
-    return ["## Quality", "", *table(("contestant", f"PSNR to {found['reference']}"), cells), ""]
+    lines: list[str] = []
+    if "psnr" in found:
+        similar = found["ssim"]
+        cells = [
+            (name, f"{value:.1f} dB", f"{similar[name]:.4f}" if name in similar else "–")
+            for name, value in found["psnr"].items()
+        ]
+        head = ("contestant", f"PSNR to {found['reference']}", "SSIM")
+        lines += [f"## Quality, {read_work(found)}", "", *table(head, cells), ""]
+    if found.get("other"):
+        lines += [
+            f"Of another picture, for want of the same noise or tokens: {', '.join(found['other'])}.",
+            "",
+        ]
+    if "captions" in found:
+        of = found["captions"]
+        lines += [
+            f"## Quality, {of['count']} captions, {of['steps']} steps",
+            "",
+            *table(HEAD_OF_SCORES, rows_of_scores(of["scores"])),
+            "",
+        ]
+    return lines
 
 
 def _absent(result: Result) -> list[str]:
@@ -269,7 +312,8 @@ def _how(result: Result) -> list[str]:
         "",
         f"{plan['rounds']} rounds, contestants in turn, each turn a process of its own that warms up and "
         f"paints every configuration {plan['repeats']} times; "
-        f"sampler {settings['sampler'] or 'the model’s own'}, guidance {settings['guidance_scale']:g}, seed {settings['seed']}, “{settings['prompt']}”.",
+        f"sampler {settings['sampler'] or 'the model’s own'}, guidance {settings['guidance_scale']:g}, "
+        f"seed {settings['seed']}, “{settings['prompt']}”.",
         "",
         describe_machine(result),
         "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 
@@ -20,7 +20,7 @@ class Work:
 
     def __str__(self) -> str:
         """For tables and messages."""
-        return f"{self.steps} steps, batch {self.batch}, {self.width}x{self.height}"
+        return f"{self.steps} step{'s' * (self.steps > 1)}, batch {self.batch}, {self.width}x{self.height}"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,6 +59,10 @@ class Plan:
         if not self.works:
             raise RequestError("there is no configuration to measure: give steps, sizes and batches")
 
+    def shown(self) -> Work:
+        """The configuration at which contestants stand side by side: see `side_by_side`."""
+        return side_by_side(self.works)
+
     def by_shape(self) -> Iterator[tuple[Work, list[Work]]]:
         """For each shape a warm-up, and the configurations to be painted after it.
 
@@ -67,6 +71,15 @@ class Plan:
         for _, group in groupby(self.works, lambda work: work.shape):
             works = list(group)
             yield replace(works[0], steps=2), works
+
+
+def side_by_side(works: Iterable[Work]) -> Work:
+    """Of several configurations the one to show: the smallest batch, the largest picture, 20 steps or else most."""
+    found = set(works)
+    batch = min(work.batch for work in found)
+    size = max((work.width * work.height, work.width) for work in found if work.batch == batch)
+    mine = [work for work in found if work.batch == batch and (work.width * work.height, work.width) == size]
+    return max(mine, key=lambda work: (work.steps == 20, work.steps))
 
 
 def grid(steps: Sequence[int], sizes: Sequence[tuple[int, int]], batches: Sequence[int]) -> tuple[Work, ...]:

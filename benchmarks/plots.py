@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allaprima.benchmarks.result import Result
+from allaprima.benchmarks.plan import side_by_side
+from allaprima.benchmarks.result import Result, read_work
 from allaprima.benchmarks.roofline import Point, points
-from allaprima.benchmarks.summary import STAGES, Fit, Row, fits, rows
+from allaprima.benchmarks.summary import STAGES, Fit, fits, rows
 from allaprima.bundle import RequestError
 
 if TYPE_CHECKING:
@@ -113,18 +114,12 @@ def _contestants(result: Result) -> Mapping[str, tuple[str, str]]:
     return _colours(list(result["contestants"]))
 
 
-def chosen_steps(found: Sequence[Row]) -> int:
-    """The number of steps at which contestants stand side by side: 20 if it was measured, else the most."""
-    steps = {row.work.steps for row in found}
-    return 20 if 20 in steps else max(steps)
-
-
 def latency(result: Result) -> Draw | None:
-    """Latency against steps, at the smallest batch and the first size."""
+    """Latency against steps, at the smallest batch and the largest size."""
     found = rows(result)
     if len({row.work.steps for row in found}) < 2:
         return None
-    shape = min(row.work.shape for row in found)
+    shape = side_by_side(row.work for row in found).shape
     looks, lines = _contestants(result), {fit.contestant: fit for fit in fits(found) if _shape(fit) == shape}
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -152,7 +147,9 @@ def latency(result: Result) -> Draw | None:
                 line = lines[name].line
                 ends = [min(steps), max(steps)]
                 axes.plot(ends, [line.fixed + line.per_step * each for each in ends], color=colour, lw=1.2)
-        axes.set_xlabel("denoising steps")
+        counts = sorted({row.work.steps for row in found})
+        axes.set_xticks(counts, [str(each) for each in counts])
+        axes.set_xlabel(f"denoising steps (batch {shape[0]}, {shape[1]}x{shape[2]})")
         axes.set_ylabel("seconds")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
@@ -166,7 +163,7 @@ def throughput(result: Result) -> Draw | None:
     found = rows(result)
     if len({row.work.batch for row in found}) < 2:
         return None
-    steps, size = chosen_steps(found), min((row.work.width, row.work.height) for row in found)
+    shown = side_by_side(row.work for row in found)
     looks = _contestants(result)
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -174,7 +171,7 @@ def throughput(result: Result) -> Draw | None:
             mine = [
                 (row.work.batch, row.rate)
                 for row in found
-                if (row.contestant, row.work.steps, (row.work.width, row.work.height)) == (name, steps, size)
+                if row.contestant == name and replace(row.work, batch=shown.batch) == shown
             ]
             if mine:
                 axes.plot(
@@ -184,7 +181,7 @@ def throughput(result: Result) -> Draw | None:
         batches = sorted({row.work.batch for row in found})
         axes.set_xticks(batches, [str(each) for each in batches])
         axes.minorticks_off()
-        axes.set_xlabel("pictures in a batch")
+        axes.set_xlabel(f"pictures in a batch ({shown.steps} steps, {shown.width}x{shown.height})")
         axes.set_ylabel("pictures a second")
         axes.set_ylim(bottom=0)
         _legend(axes)
@@ -193,11 +190,12 @@ def throughput(result: Result) -> Draw | None:
 
 
 def stages(result: Result) -> Draw | None:
-    """Where the time of one configuration goes, one bar for each contestant."""
+    """Where the time of one configuration goes, one bar for each contestant that knows it."""
     found = rows(result)
-    if not any(len(row.stages) > 1 for row in found):
+    found = [row for row in found if "denoise" in row.stages]
+    if not found:
         return None
-    work = min(row.work for row in found if row.work.steps == chosen_steps(found))
+    work = side_by_side(row.work for row in found)
     mine = [row for row in found if row.work == work][::-1]
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -214,7 +212,7 @@ def stages(result: Result) -> Draw | None:
             max(0.0, row.median - sum(row.stages.get(stage, 0.0) for stage in shown if stage != "png"))
             for row in mine
         ]
-        axes.barh(names, rest, 0.6, left, color="#999999", label="not told apart")
+        axes.barh(names, rest, 0.6, left, color="#999999", label="other")
         axes.set_xlabel(f"seconds ({work})")
         axes.grid(False, axis="y")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6)
@@ -228,7 +226,7 @@ def roofline(result: Result) -> Draw | None:
     if not found:
         return None
     # One shape: the same graph at another one lies so near that the names could not be read.
-    shape = min(point.work.shape for point in found)
+    shape = side_by_side(point.work for point in found).shape
     found = [point for point in found if point.work.shape == shape]
     looks = _contestants(result)
 
@@ -286,7 +284,7 @@ def quality(result: Result) -> Draw | None:
     found = rows(result)
     if not decibels or not found:
         return None
-    work = min(row.work for row in found if row.work.steps == chosen_steps(found))
+    work = read_work(result["quality"])
     looks = _contestants(result)
 
     def draw(axes: Axes, theme: Theme) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -128,17 +129,20 @@ def costs(result: Result) -> list[Costs]:
     ]
 
 
-def against(found: Sequence[Row], first: str) -> dict[tuple[str, Work], Interval | None]:
-    """How many times longer each takes than the contestant `first` in the same configuration and round."""
+def against(found: Sequence[Row], first: str) -> dict[tuple[str, Work], Interval]:
+    """How many times longer each takes than the contestant `first` in the same configuration and round.
+
+    Of a single round the interval's ends are not numbers.
+    """
     base = {row.work: row.by_round() for row in found if row.contestant == first}
-    ratios: dict[tuple[str, Work], Interval | None] = {}
+    ratios: dict[tuple[str, Work], Interval] = {}
     for row in found:
         mine, theirs = row.by_round(), base.get(row.work, {})
         shared = sorted(mine.keys() & theirs.keys())
         if row.contestant != first and shared:
-            ratios[row.contestant, row.work] = ratio_of_pairs(
-                [theirs[number] for number in shared], [mine[number] for number in shared]
-            )
+            pairs = [theirs[number] for number in shared], [mine[number] for number in shared]
+            single = Interval(pairs[1][0] / pairs[0][0], math.nan, math.nan)
+            ratios[row.contestant, row.work] = ratio_of_pairs(*pairs) or single
     return ratios
 
 

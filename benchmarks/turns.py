@@ -17,11 +17,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from PIL.Image import Image
-
 from allaprima.benchmarks.contestants import Contestant, Painted, Painter
 from allaprima.benchmarks.plan import Plan, Settings, Work
 from allaprima.benchmarks.process import peak_memory
+from allaprima.benchmarks.quality import picture_name
 from allaprima.bundle import AllaprimaError
 
 Message = tuple[str, Any]
@@ -63,7 +62,7 @@ def run_turn(
 ) -> Generator[Turn, None, None]:
     """The turn as it grows: one object, given again after every measurement.
 
-    The pictures of the first and the last configuration go to `keep`, if it is a folder. `cache` is where the
+    One picture of each configuration goes to the folder `keep`. `cache` is where the
     contestant's engines lie, None for the user's own cache. Raises RuntimeError with the reason if it fails.
     """
     turn = Turn(number)
@@ -99,7 +98,7 @@ class Painting:
                         picture, painted = time_picture(painter, work)
                         say(("picture", picture))
                         if self.keep is not None and repeat == 0:
-                            _save(painted.images[0], self.keep, work)
+                            painted.images[0].save(self.keep / picture_name(work))
             say(("memory", (painter.host_memory() or peak_memory(), painter.device_memory())))
 
 
@@ -128,10 +127,6 @@ def time_picture(painter: Painter, work: Work) -> tuple[Picture, Painted]:
     png = perf_counter() - started
     engine = {role: (share.seconds, share.calls) for role, share in painted.engine.items()}
     return Picture(work, seconds, png, dict(painted.stages), engine or None), painted
-
-
-def _save(image: Image, folder: Path, work: Work) -> None:
-    image.save(folder / f"{work.steps}-{work.batch}-{work.width}x{work.height}.png")
 
 
 def listen(job: Job) -> Generator[Message, None, None]:

@@ -173,8 +173,8 @@ def _measure(options: argparse.Namespace) -> int | None:
     from allaprima.benchmarks.lineup import line_up
     from allaprima.benchmarks.result import new_result, write
 
-    measured = _measured(options)
-    lineup = line_up(_asked(options), table=measured.latency)
+    lineup = line_up(_asked(options), table="latency" in options.scenario)
+    measured = _measured(options, lineup)
     folder = options.output or Path(f"bench-{lineup.name}")
     result = new_result(f"allaprima {shlex.join(sys.argv[1:])}", lineup.name, lineup.plan)
     result["absent"].update(lineup.absent)
@@ -198,7 +198,7 @@ def _measure(options: argparse.Namespace) -> int | None:
     return None
 
 
-def _measured(options: argparse.Namespace) -> Measured:
+def _measured(options: argparse.Namespace, lineup: Lineup) -> Measured:
     """What the options ask for. Raises RequestError."""
     from allaprima.benchmarks import scenarios
     from allaprima.benchmarks.harness import Measured
@@ -209,7 +209,8 @@ def _measured(options: argparse.Namespace) -> Measured:
         asked = scenarios.Traffic(names, options.queries, options.latency, not options.no_loadgen)
     if options.cold < 0:
         raise RequestError(f"cold is {options.cold}: give 0 or more")
-    return Measured("latency" in options.scenario, options.cold, not options.no_roofline, asked)
+    captions = () if options.captions is None else tuple(quality.captions(options, lineup))
+    return Measured("latency" in options.scenario, options.cold, not options.no_roofline, asked, captions)
 
 
 def _asked(options: argparse.Namespace) -> Asked:

@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the first in fp32, and by FID and CLIP score where the models for them are given.",
     )
     add = group.add_argument
-    add("--captions", metavar="N", type=int, help=f"held-out ones of shapes ({CAPTIONS})")
+    add(
+        "--captions",
+        metavar="N",
+        type=int,
+        help=f"held-out ones of shapes ({CAPTIONS}); without the word too",
+    )
     add("--texts", metavar="FILE", type=Path, help="captions instead: one a line, or MLPerf's .tsv")
     add("--pictures", metavar="DIR", type=Path, help="score these pictures of --texts, paint none")
     add("--inception", metavar="FILE", type=Path, help="for FID: an ONNX or TorchScript model of features")
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, find: Callable[[], Lineup]) -> int | None:
     """Paint and score; exit code 1 if MLPerf's gate is for these pictures and they fail it."""
-    from allaprima.benchmarks import quality
+    from allaprima.benchmarks import scores as found_scores
 
     if options.pictures is not None:
         scores = {options.pictures.name: _score_folder(options)}
@@ -51,7 +56,7 @@ def run(options: argparse.Namespace, find: Callable[[], Lineup]) -> int | None:
     if options.json:
         print_json({"scores": scores, "absent": absent})
     elif not options.quiet:
-        print_table(quality.HEAD, quality.rows(scores))
+        print_table(found_scores.HEAD, found_scores.rows(scores))
     if not options.quiet:
         print_warnings(f"{name} was not scored: {why}" for name, why in absent.items())
         print_warnings(f"{name}: {note}" for name, note in _gate_notes(scores))
@@ -75,7 +80,7 @@ def _gate_notes(scores: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _score_folder(options: argparse.Namespace) -> dict[str, Any]:
     from allaprima.benchmarks.captions import read_captions
-    from allaprima.benchmarks.quality import list_pictures, score_fidelity
+    from allaprima.benchmarks.scores import list_pictures, score_fidelity
 
     pictures = list_pictures(options.pictures)
     if options.inception is None and options.clip is None:
@@ -100,9 +105,9 @@ def _paint_and_score(
     options: argparse.Namespace, lineup: Lineup
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     from allaprima.benchmarks.captions import places
-    from allaprima.benchmarks.quality import paint_all, score_captions, score_fidelity
+    from allaprima.benchmarks.scores import paint_all, score_captions, score_fidelity
 
-    captions = _captions(options, lineup)
+    wanted = captions(options, lineup)
     steps = max(work.steps for work in lineup.plan.works)
     root = options.output or Path(f"bench-{lineup.name}") / QUALITY
     pictures = root / "pictures"
@@ -113,27 +118,28 @@ def _paint_and_score(
         absent = lineup.absent | paint_all(
             lineup.contestants,
             lineup.plan.settings,
-            captions,
+            wanted,
             steps,
             pictures,
             lambda each: _cache(each, Path(caches)),
             lambda done, total, name: report("captions", done, total, name),
         )
-    scores = score_captions(lineup.contestants, captions, pictures)
+    scores = score_captions(lineup.contestants, wanted, pictures)
     for name, figures in scores.items():
         if options.inception is not None or options.clip is not None:
             figures |= score_fidelity(
-                places(pictures / name, captions),
-                [caption.text for caption in captions],
+                places(pictures / name, wanted),
+                [caption.text for caption in wanted],
                 inception=options.inception,
                 reference=options.reference,
                 clip=options.clip,
             )
-    _write(root / FILE, {"captions": len(captions), "steps": steps, "scores": scores, "absent": absent})
+    _write(root / FILE, {"captions": len(wanted), "steps": steps, "scores": scores, "absent": absent})
     return scores, absent
 
 
-def _captions(options: argparse.Namespace, lineup: Lineup) -> Sequence[Caption]:
+def captions(options: argparse.Namespace, lineup: Lineup) -> Sequence[Caption]:
+    """What is painted: those of a file, or held-out ones of `shapes`. Raises RequestError."""
     from allaprima.benchmarks.captions import held_out_captions, read_captions
 
     work = lineup.plan.works[0]
