@@ -29,10 +29,18 @@ class Painted:
 
 
 class Painter(Protocol):
-    """A model that a contestant has opened."""
+    """A model that a contestant has opened.
+
+    Between two calls `settings` may be given another prompt and seed.
+    """
+
+    settings: Settings
 
     def paint(self, work: Work) -> Painted:
         """Paint a batch, all of it done when this returns."""
+
+    def host_memory(self) -> int | None:
+        """The peak of the process that paints, in bytes, where that is not this one."""
 
     def device_memory(self) -> int | None:
         """Bytes of device memory that this process uses, as far as it is known."""
@@ -48,7 +56,8 @@ class Contestant:
     `open` is given the settings and all that is to be painted. It is called in a process of its own, where it
     is unpickled: a function of a module, or a partial of one; everything heavy is imported inside.
     `first_picture` gives a command that paints one picture to a file in a new process, None if there is none.
-    `bundle` is the folder of the bundle that it runs, for those that run one.
+    `bundle` is the folder of the bundle that it runs, for those that run one. `same_picture` is False where
+    it cannot be given the noise and the tokens of the others.
     """
 
     name: str
@@ -57,6 +66,7 @@ class Contestant:
     first_picture: Callable[[Settings, Work, Path], list[str]] | None = None
     backend: str = ""
     bundle: str = ""
+    same_picture: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,20 @@ PEERS: Mapping[str, tuple[str, str]] = {
     "diffusers-compile": (
         "allaprima.benchmarks.peer_diffusers:compiled",
         "the same, UNet and decoder compiled by torch",
+    ),
+    "ort": (
+        "allaprima.benchmarks.peer_ort:contestants",
+        "ONNX Runtime with plain graphs, diffusers' pipeline around it",
+    ),
+    "optimum-onnx": ("allaprima.benchmarks.peer_optimum:onnx", "optimum's pipeline on ONNX Runtime"),
+    "optimum-intel": ("allaprima.benchmarks.peer_optimum:intel", "optimum's pipeline on OpenVINO"),
+    "openvino-genai": (
+        "allaprima.benchmarks.peer_openvino_genai:contestants",
+        "OpenVINO GenAI's Text2ImagePipeline",
+    ),
+    "stable-diffusion-cpp": (
+        "allaprima.benchmarks.peer_stable_diffusion_cpp:contestants",
+        "stable-diffusion.cpp through its Python package",
     ),
 }
 """What `--vs` knows: for each name a function from a Field to contestants, and a few words.

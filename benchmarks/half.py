@@ -8,7 +8,6 @@ python -m allaprima.benchmarks.half
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import statistics
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 
 from allaprima.benchmarks.bundles import Model, export_bundles
 from allaprima.benchmarks.checkpoints import SHAPES
+from allaprima.benchmarks.likeness import psnr
 from allaprima.benchmarks.report import RESULTS, stamp, table, write_result
 from allaprima.bundle import AllaprimaError
 from allaprima.cli.machine import read_machine
@@ -28,9 +28,6 @@ from allaprima.models.shapes.checker import Picture, Score, score
 from allaprima.models.shapes.evaluate import held_out
 from allaprima.models.shapes.scenes import Scene
 from allaprima.runtime import Pipeline, backends
-
-BEST = 99.0
-"""What stands for equal pictures, in dB."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,6 @@ class Way:
 
 WAYS = (Way("ort", "fp32", "fp32"), Way("ort", "fp16", "fp16"), Way("openvino", "bf16", "fp16"))
 """The first is what the others are measured against."""
-
-
-def psnr(one: Picture, other: Picture) -> float:
-    """Of 8-bit pictures, in dB, at most `BEST`."""
-    error = float(np.square(one.astype(np.float64) - other).mean())
-    return min(BEST, 10 * math.log10(255**2 / error)) if error else BEST
 
 
 def paint(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from allaprima.benchmarks import cold, loadgen
+from allaprima.benchmarks.captions import Caption
 from allaprima.benchmarks.contestants import Contestant
 from allaprima.benchmarks.ours import ON_CPU
 from allaprima.benchmarks.plan import Plan
@@ -18,6 +19,7 @@ from allaprima.benchmarks.rates import measure_rates
 from allaprima.benchmarks.result import Result, about, turn_to_json
 from allaprima.benchmarks.roofline import count_bundle
 from allaprima.benchmarks.scenarios import ScenarioRun, Traffic
+from allaprima.benchmarks.scores import paint_all, score_captions
 from allaprima.benchmarks.turns import listen, run_turn
 
 COLD_STEPS = 4
@@ -28,12 +30,16 @@ Tell = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured: latencies of the plan, `cold` rounds of first pictures, the roofline, scenarios."""
+    """What is measured: latencies of the plan, `cold` rounds of first pictures, the roofline, scenarios.
+
+    `captions` are painted by everybody in the most steps of the plan, and judged.
+    """
 
     latency: bool = True
     cold: int = 3
     roofline: bool = True
     asked: Traffic | None = None
+    captions: tuple[Caption, ...] = ()
 
 
 class Harness:
@@ -68,6 +74,8 @@ class Harness:
                     self._cold(folder, measured.cold)
                 if measured.roofline:
                     self._count()
+            if measured.captions:
+                self._captions(folder, measured.captions)
             if measured.asked is not None:
                 self._scenarios(folder, measured.asked)
         self._result["complete"] = True
@@ -154,6 +162,23 @@ class Harness:
                 found = [{"bundle": Path(bundle).name, "error": f"{error}: pip install 'allaprima[bench]'"}]
             self._result["counts"] += found
             self._keep()
+
+    def _captions(self, folder: Path, captions: Sequence[Caption]) -> None:
+        steps = max(work.steps for work in self._plan.works)
+        present = self._present()
+        absent = paint_all(
+            present,
+            self._plan.settings,
+            captions,
+            steps,
+            folder / "captions",
+            lambda each: self._cache(each, folder),
+            lambda done, total, note: self._tell("captions", done, total, note),
+        )
+        self._result["absent"].update(absent)
+        scores = score_captions(present, captions, folder / "captions")
+        self._result["quality"]["captions"] = {"count": len(captions), "steps": steps, "scores": scores}
+        self._keep()
 
     def _scenarios(self, folder: Path, asked: Traffic) -> None:
         asked = replace(asked, loadgen=asked.loadgen and loadgen.available())

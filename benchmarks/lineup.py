@@ -83,7 +83,7 @@ def _plan(asked: Asked, bundle: Bundle, *, table: bool) -> Plan:
     sampler = asked.sampler
     if sampler is None and manifest.family == "stable-diffusion":
         # One call of the model for each step, and known to every peer.
-        sampler = "dpmpp_2m"
+        sampler = "euler"
     guidance = defaults.guidance_scale if asked.guidance is None else asked.guidance
     threads = read_machine().cores if asked.threads is None else asked.threads
     steps = asked.steps or (STEPS if table else (defaults.num_inference_steps,))

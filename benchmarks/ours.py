@@ -79,7 +79,7 @@ class PipelinePainter:
     def __init__(self, bundle: str, backend: str, precision: str, settings: Settings) -> None:
         from allaprima.runtime import Pipeline
 
-        self._settings, self._clock = settings, EngineClock()
+        self.settings, self._clock = settings, EngineClock()
         self._pipeline = Pipeline.open(
             bundle,
             backend=backend,
@@ -92,7 +92,7 @@ class PipelinePainter:
 
     def paint(self, work: Work) -> Painted:
         """See Painter."""
-        settings = self._settings
+        settings = self.settings
         result = self._pipeline.generate(
             settings.prompt,
             num_inference_steps=work.steps,
@@ -113,6 +113,10 @@ class PipelinePainter:
         if TRANSFER in engine:
             stages["transfer"] = engine.pop(TRANSFER).seconds
         return Painted(result.images, stages, engine)
+
+    def host_memory(self) -> int | None:
+        """See Painter: it paints in this process."""
+        return None
 
     def device_memory(self) -> int | None:
         """See Painter: all that is used on the device, by others too."""

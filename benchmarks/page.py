@@ -270,12 +270,33 @@ def _agreement(result: Result) -> list[str]:
 
 
 def _quality(result: Result) -> list[str]:
+    from allaprima.benchmarks.scores import HEAD as HEAD_OF_SCORES
+    from allaprima.benchmarks.scores import rows as rows_of_scores
+
     found = result["quality"]
-    if not found:
-        return []
-    cells = [(name, f"{value:.1f} dB") for name, value in found["psnr"].items()]
-    title = f"## Quality, {read_work(found)}"
-    return [title, "", *table(("contestant", f"PSNR to {found['reference']}"), cells), ""]
+    lines: list[str] = []
+    if "psnr" in found:
+        similar = found["ssim"]
+        cells = [
+            (name, f"{value:.1f} dB", f"{similar[name]:.4f}" if name in similar else "–")
+            for name, value in found["psnr"].items()
+        ]
+        head = ("contestant", f"PSNR to {found['reference']}", "SSIM")
+        lines += [f"## Quality, {read_work(found)}", "", *table(head, cells), ""]
+    if found.get("other"):
+        lines += [
+            f"Of another picture, for want of the same noise or tokens: {', '.join(found['other'])}.",
+            "",
+        ]
+    if "captions" in found:
+        of = found["captions"]
+        lines += [
+            f"## Quality, {of['count']} captions, {of['steps']} steps",
+            "",
+            *table(HEAD_OF_SCORES, rows_of_scores(of["scores"])),
+            "",
+        ]
+    return lines
 
 
 def _absent(result: Result) -> list[str]:

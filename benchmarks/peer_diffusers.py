@@ -85,7 +85,7 @@ class DiffusersPainter:
         import torch
 
         torch.set_num_threads(settings.threads)
-        self._settings, self._gpu = settings, gpu
+        self.settings, self._gpu = settings, gpu
         self._dtype = getattr(torch, DTYPES[precision])
         self._pipeline = _open(checkpoint, self._dtype, settings.sampler)
         if gpu:
@@ -99,27 +99,11 @@ class DiffusersPainter:
 
     def paint(self, work: Work) -> Painted:
         """See Painter."""
-        import torch
+        return paint(self._pipeline, self.settings, work)
 
-        settings, pipeline = self._settings, self._pipeline
-        # Drawn in float32 and then rounded: the pipeline would draw other numbers in bf16, another picture.
-        factor = pipeline.vae_scale_factor
-        shape = (1, pipeline.unet.config.in_channels, work.height // factor, work.width // factor)
-        seeds = range(settings.seed, settings.seed + work.batch)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        drawn = [torch.randn(shape, generator=generator) for generator in generators]
-        latents = torch.cat(drawn).to(pipeline.device, self._dtype)
-        images = pipeline(
-            settings.prompt,
-            num_inference_steps=work.steps,
-            guidance_scale=settings.guidance_scale,
-            height=work.height,
-            width=work.width,
-            num_images_per_prompt=work.batch,
-            latents=latents,
-            generator=generators,
-        ).images
-        return Painted(images)
+    def host_memory(self) -> int | None:
+        """See Painter: it paints in this process."""
+        return None
 
     def device_memory(self) -> int | None:
         """See Painter."""
@@ -132,25 +116,62 @@ class DiffusersPainter:
         del self._pipeline
 
 
-def _open(checkpoint: Path, dtype: Any, sampler: str | None) -> Any:
-    """The pipeline of a checkpoint with a sampler, saying nothing."""
+def paint(pipeline: Any, settings: Settings, work: Work) -> Painted:
+    """Paint with a pipeline of diffusers; the n-th picture of a batch has the n-th seed from the first on."""
+    import torch
+
+    # Drawn in float32 and then rounded: the pipeline would draw other numbers in bf16, another picture.
+    factor = pipeline.vae_scale_factor
+    shape = (1, pipeline.unet.config.in_channels, work.height // factor, work.width // factor)
+    seeds = range(settings.seed, settings.seed + work.batch)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    drawn = [torch.randn(shape, generator=generator) for generator in generators]
+    latents = torch.cat(drawn).to(pipeline.device, pipeline.unet.dtype)
+    images = pipeline(
+        settings.prompt,
+        num_inference_steps=work.steps,
+        guidance_scale=settings.guidance_scale,
+        height=work.height,
+        width=work.width,
+        num_images_per_prompt=work.batch,
+        latents=latents,
+        generator=generators,
+    ).images
+    return Painted(images)
+
+
+def configure(pipeline: Any, sampler: str | None) -> Any:
+    """The same pipeline with a sampler, saying nothing."""
     import diffusers
-    import transformers
 
     from allaprima.runtime.samplers.catalog import find
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
-        checkpoint, dtype=dtype, local_files_only=True, **_unchecked(checkpoint)
-    )
     pipeline.set_progress_bar_config(disable=True)
     if sampler is not None:
         info = find(sampler)
         scheduler = getattr(diffusers, info.scheduler)
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **info.overrides)
     return pipeline
+
+
+def silence() -> None:
+    """Keep the libraries' advice and progress to themselves."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _open(checkpoint: Path, dtype: Any, sampler: str | None) -> Any:
+    import diffusers
+
+    silence()
+    pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
+        checkpoint, dtype=dtype, local_files_only=True, **_unchecked(checkpoint)
+    )
+    return configure(pipeline, sampler)
 
 
 def _unchecked(checkpoint: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,17 +12,10 @@ import numpy as np
 from PIL import Image
 
 from allaprima.benchmarks.contestants import Contestant
+from allaprima.benchmarks.likeness import Picture, psnr, ssim
 from allaprima.benchmarks.plan import Work
 
-
-def psnr(picture: Path, reference: Path) -> float:
-    """Peak signal-to-noise ratio of two 8-bit pictures in dB: 99 if equal, 0 if their sizes differ."""
-    with Image.open(picture) as one, Image.open(reference) as other:
-        a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    if a.shape != b.shape:
-        return 0.0
-    error = float(np.square(a - b).mean())
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+Figures = dict[str, Any]
 
 
 def picture_name(work: Work) -> str:
@@ -29,19 +23,39 @@ def picture_name(work: Work) -> str:
     return f"{work.steps}-{work.batch}-{work.width}x{work.height}.png"
 
 
-def compare_pictures(contestants: Sequence[Contestant], work: Work, folder: Path) -> dict[str, Any]:
-    """The PSNR of every contestant's first picture of a configuration to the reference's.
+def read_picture(path: Path) -> Picture:
+    """The RGB pixels of a file."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
-    Pictures lie in `folder`/NAME. The reference is diffusers in fp32 if it is there, else the first in fp32;
-    it has none itself. Empty where there is no reference, or no other contestant.
+
+def choose_reference(contestants: Sequence[Contestant]) -> Contestant | None:
+    """diffusers in fp32, else the first in fp32, of those that can be given the same noise."""
+    wide = [each for each in contestants if each.precision == "fp32" and each.same_picture]
+    plain = (each for each in wide if each.name.startswith("diffusers"))
+    return next(plain, wide[0] if wide else None)
+
+
+def compare_pictures(contestants: Sequence[Contestant], work: Work, folder: Path) -> Figures:
+    """PSNR and SSIM of every contestant's first picture of a configuration to the reference's.
+
+    Pictures lie in `folder`/NAME. The reference has none itself; who paints another picture by its nature is
+    listed in "other". Empty where there is no reference, or no other contestant. "ssim" is empty without
+    scikit-image.
     """
     wanted = picture_name(work)
-    names = [each.name for each in contestants if (folder / each.name / wanted).is_file()]
-    wide = [each.name for each in contestants if each.precision == "fp32" and each.name in names]
-    reference = next((name for name in wide if name.startswith("diffusers")), wide[0] if wide else None)
-    if reference is None or len(names) < 2:
+    painted = [each for each in contestants if (folder / each.name / wanted).is_file()]
+    reference = choose_reference(painted)
+    if reference is None or len(painted) < 2:
         return {}
-    decibels = {
-        name: psnr(folder / name / wanted, folder / reference / wanted) for name in names if name != reference
+    picture = read_picture(folder / reference.name / wanted)
+    rest = [each.name for each in painted if each is not reference and each.same_picture]
+    pairs = {name: (read_picture(folder / name / wanted), picture) for name in rest}
+    able = importlib.util.find_spec("skimage") is not None
+    return {
+        **asdict(work),
+        "reference": reference.name,
+        "psnr": {name: psnr(*pair) for name, pair in pairs.items()},
+        "ssim": {name: ssim(*pair) for name, pair in pairs.items() if able},
+        "other": [each.name for each in painted if not each.same_picture],
     }
-    return {**asdict(work), "reference": reference, "psnr": decibels}

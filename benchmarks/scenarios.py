@@ -182,7 +182,7 @@ class ScenarioRun:
         from allaprima.benchmarks import loadgen
 
         work = self.plan.works[-1]
-        with opened(self.contestant, self.plan, self.cache) as (painter, _):
+        with opened(self.contestant, self.plan.settings, self.plan.works, self.cache) as (painter, _):
 
             def paint(count: int) -> None:
                 painter.paint(type(work)(count, work.width, work.height, work.steps))

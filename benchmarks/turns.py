@@ -9,7 +9,7 @@ import io
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from allaprima.benchmarks.contestants import Contestant, Painted, Painter
-from allaprima.benchmarks.plan import Plan, Work
+from allaprima.benchmarks.plan import Plan, Settings, Work
 from allaprima.benchmarks.process import peak_memory
 from allaprima.benchmarks.quality import picture_name
 from allaprima.bundle import AllaprimaError
@@ -89,7 +89,7 @@ class Painting:
 
     def __call__(self, say: Say) -> None:
         """Do it, and say what was measured."""
-        with opened(self.contestant, self.plan, self.cache) as (painter, load):
+        with opened(self.contestant, self.plan.settings, self.plan.works, self.cache) as (painter, load):
             say(("loaded", load))
             for warm_up, works in self.plan.by_shape():
                 painter.paint(warm_up)
@@ -99,16 +99,18 @@ class Painting:
                         say(("picture", picture))
                         if self.keep is not None and repeat == 0:
                             painted.images[0].save(self.keep / picture_name(work))
-            say(("memory", (peak_memory(), painter.device_memory())))
+            say(("memory", (painter.host_memory() or peak_memory(), painter.device_memory())))
 
 
 @contextmanager
-def opened(contestant: Contestant, plan: Plan, cache: Path | None) -> Iterator[tuple[Painter, float]]:
+def opened(
+    contestant: Contestant, settings: Settings, works: Sequence[Work], cache: Path | None
+) -> Iterator[tuple[Painter, float]]:
     """A contestant's model, and the seconds it took to load, the import of its libraries included."""
     if cache is not None:
         os.environ["ALLAPRIMA_CACHE"] = str(cache)
     started = perf_counter()
-    painter = contestant.open(plan.settings, plan.works)
+    painter = contestant.open(settings, works)
     try:
         yield painter, perf_counter() - started
     finally:

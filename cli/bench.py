@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allaprima.bundle import BackendError, RequestError
+from allaprima.cli import quality
 from allaprima.cli.output import add_json, add_quiet, print_json, print_table, print_warnings, progress_bar
 
 if TYPE_CHECKING:
@@ -26,7 +28,11 @@ COMPARE, _IS_SLOWER = "compare", 1
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.usage = "allaprima bench [BUNDLE ...] [options]\n       allaprima bench compare A B [options]"
+    parser.usage = (
+        "allaprima bench [BUNDLE ...] [options]\n"
+        "       allaprima bench compare A B [options]\n"
+        "       allaprima bench quality [BUNDLE ...] [options]"
+    )
     parser.description = (
         "Measures latency, throughput, memory and the distance from the machine's limit, our backends and "
         "other libraries in turn; or says what changed between two results (exit code 1: it is slower)."
@@ -41,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_contestants(parser)
     _add_scenarios(parser)
     _add_comparison(parser)
+    quality.add_arguments(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder of the report (bench-NAME)")
     add_json(parser)
     add_quiet(parser)
@@ -53,7 +60,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     add("--sizes", metavar="WxH,...", help="in pixels (the model's own)")
     add("--batch", metavar="N,...", type=_numbers, default=(1,), help="pictures at once (1)")
     add("--guidance", metavar="SCALE", type=float, help="guidance scale (the model's own)")
-    add("--sampler", metavar="NAME", help="see: allaprima samplers (dpmpp_2m, or the model's own)")
+    add("--sampler", metavar="NAME", help="see: allaprima samplers (euler, or the model's own)")
     add("--seed", metavar="N", type=int, default=7, help="of the first picture (7)")
     add("--rounds", metavar="N", type=int, default=3, help="turns of each contestant (3)")
     add("--repeats", metavar="N", type=int, default=3, help="of each configuration in a turn (3)")
@@ -85,7 +92,15 @@ def _add_contestants(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         type=_words,
         default=(),
-        help="other libraries: diffusers, diffusers-compile",
+        help="other libraries: diffusers, diffusers-compile, ort, openvino-genai, optimum-onnx, "
+        "optimum-intel, stable-diffusion-cpp",
+    )
+    add(
+        "--peer-python",
+        metavar="NAME=PYTHON",
+        action="append",
+        default=[],
+        help="the interpreter of a library that cannot be installed beside ours",
     )
     add("--checkpoint", metavar="DIR", type=Path, help="the bundle's diffusers folder, for other libraries")
 
@@ -128,7 +143,29 @@ def run(options: argparse.Namespace) -> int | None:
     """Measure or compare."""
     if options.words[:1] == [COMPARE]:
         return _compare(options)
+    _name_interpreters(options.peer_python)
+    if options.words[:1] == [quality.QUALITY]:
+        return _quality(options)
     return _measure(options)
+
+
+def _name_interpreters(given: Iterable[str]) -> None:
+    """Take NAME=PYTHON to where peers look for it. Raises RequestError."""
+    from allaprima.benchmarks.contestants import PEERS
+    from allaprima.benchmarks.peer_worker import variable
+
+    for word in given:
+        name, _, python = word.partition("=")
+        if name not in PEERS or not python:
+            raise RequestError(f"peer-python is '{word}': write NAME=PYTHON, NAME one of {', '.join(PEERS)}")
+        os.environ[variable(name)] = python
+
+
+def _quality(options: argparse.Namespace) -> int | None:
+    from allaprima.benchmarks.lineup import line_up
+
+    options.words = options.words[1:]
+    return quality.run(options, lambda: line_up(_asked(options), table=False))
 
 
 def _measure(options: argparse.Namespace) -> int | None:
@@ -136,8 +173,8 @@ def _measure(options: argparse.Namespace) -> int | None:
     from allaprima.benchmarks.lineup import line_up
     from allaprima.benchmarks.result import new_result, write
 
-    measured = _measured(options)
-    lineup = line_up(_asked(options), table=measured.latency)
+    lineup = line_up(_asked(options), table="latency" in options.scenario)
+    measured = _measured(options, lineup)
     folder = options.output or Path(f"bench-{lineup.name}")
     result = new_result(f"allaprima {shlex.join(sys.argv[1:])}", lineup.name, lineup.plan)
     result["absent"].update(lineup.absent)
@@ -161,7 +198,7 @@ def _measure(options: argparse.Namespace) -> int | None:
     return None
 
 
-def _measured(options: argparse.Namespace) -> Measured:
+def _measured(options: argparse.Namespace, lineup: Lineup) -> Measured:
     """What the options ask for. Raises RequestError."""
     from allaprima.benchmarks import scenarios
     from allaprima.benchmarks.harness import Measured
@@ -172,7 +209,8 @@ def _measured(options: argparse.Namespace) -> Measured:
         asked = scenarios.Traffic(names, options.queries, options.latency, not options.no_loadgen)
     if options.cold < 0:
         raise RequestError(f"cold is {options.cold}: give 0 or more")
-    return Measured("latency" in options.scenario, options.cold, not options.no_roofline, asked)
+    captions = () if options.captions is None else tuple(quality.captions(options, lineup))
+    return Measured("latency" in options.scenario, options.cold, not options.no_roofline, asked, captions)
 
 
 def _asked(options: argparse.Namespace) -> Asked:

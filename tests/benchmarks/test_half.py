@@ -3,20 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from allaprima.benchmarks import half
-from allaprima.benchmarks.half import BEST, Way, describe, psnr
+from allaprima.benchmarks.half import Way, describe
 from allaprima.bundle import resolve
 from allaprima.models.shapes.checker import Score
-
-
-def test_psnr() -> None:
-    black = np.zeros((4, 4, 3), np.uint8)
-    assert psnr(black, black) == BEST
-    assert psnr(black, black + np.uint8(255)) == 0
-    assert psnr(black, black + np.uint8(1)) == pytest.approx(48.13, abs=0.01)
 
 
 def test_figures() -> None:

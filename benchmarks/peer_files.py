@@ -1,0 +1,90 @@
+"""Models in the layout of a peer, made once of a checkpoint and kept beside the engines."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from allaprima.benchmarks.contestants import Field
+from allaprima.benchmarks.plan import Work
+from allaprima.benchmarks.process import in_new_process
+from allaprima.bundle import BackendError, RequestError, cache_folder
+
+FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+"""The pipelines that every peer knows."""
+
+CODE = ("compatible.py", "openvino_models.py", "peer_program.py", "plain_graphs.py")
+"""What the files are made by."""
+
+
+class Shapes:
+    """What shape a contestant is compiled for: one of the plan's; any, once another was asked for."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._planned = {work.shape for work in works}
+        self.fixed: tuple[int, int, int] | None = works[0].shape
+
+    def changed(self, work: Work) -> bool:
+        """Whether it must be compiled anew for this work; `fixed` then says for what, None for any shape."""
+        if self.fixed is None or work.shape == self.fixed:
+            return False
+        self.fixed = work.shape if work.shape in self._planned else None
+        return True
+
+
+def require_packages(peer: str, modules: Sequence[str], remedy: str) -> None:
+    """Raises BackendError with the remedy if a module is not installed; nothing is imported."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendError(f"{peer} needs {', '.join(missing)}, which is not installed: {remedy}")
+
+
+def require_checkpoint(peer: str, field: Field) -> Path:
+    """The checkpoint of the field.
+
+    Raises RequestError where there is none, or of a pipeline that not every peer knows.
+    """
+    if field.checkpoint is None:
+        raise RequestError(f"{peer} reads a checkpoint: give --checkpoint DIR, the one of the bundle")
+    index = field.checkpoint / "model_index.json"
+    if not index.is_file():
+        raise RequestError(f"{field.checkpoint} is no diffusers folder: it has no model_index.json")
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if kind not in FAMILIES:
+        raise RequestError(f"{field.checkpoint} is a {kind}: {peer} is compared on {', '.join(FAMILIES)}")
+    return field.checkpoint
+
+
+def prepared(
+    kind: str, checkpoint: Path, packages: Sequence[str], make: Callable[[Path, Path], None]
+) -> Path:
+    """The folder that `make(checkpoint, folder)` fills, in a process of its own if it is not there yet.
+
+    Another checkpoint, or another version of `packages`, is another folder. Raises what `make` raises.
+    """
+    root = cache_folder() / "peers"
+    folder = root / f"{kind}-{checkpoint.resolve().parent.name}-{_key(checkpoint, packages)}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(".partial", f".{kind}-", root))
+    try:
+        in_new_process(make, checkpoint, partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _key(checkpoint: Path, packages: Sequence[str]) -> str:
+    files = sorted(path for path in checkpoint.resolve().rglob("*") if path.is_file())
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    versions = [(name, importlib.metadata.version(name)) for name in packages]
+    code = b"".join((Path(__file__).parent / name).read_bytes() for name in CODE)
+    return hashlib.sha256(repr((stamps, versions)).encode() + code).hexdigest()[:12]
