@@ -51,9 +51,11 @@ def open_session(
 
 
 def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
-    """Measured: one copy of the weights; where they are fp16 they are kept beside one in fp32."""
+    """Measured: one copy of the weights; of fp16 one in fp32 beside it, of int8 one as it is computed with."""
     weights = stored(engines[0].path if engines else _own(graph, component))
-    if component.precision == "fp16":
+    if component.weights is not None:
+        weights *= 2
+    elif component.precision == "fp16":
         weights *= 3
     return Footprint(weights, weights)
 
