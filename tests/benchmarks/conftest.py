@@ -29,7 +29,8 @@ class Painter:
         with open(self.log, "a") as file:
             file.write(f"{self.colour} {work.steps} {work.batch} {work.width}\\n")
         images = [Image.new("RGB", (work.width, work.height), (self.colour, 0, 0))] * work.batch
-        return Painted(images, {"text": 0.0, "denoise": 0.0, "decode": 0.0}, {"denoiser": Share(0.0, work.steps)})
+        stages = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+        return Painted(images, stages, {"denoiser": Share(0.0, work.steps)})
 
     def device_memory(self):
         return 123

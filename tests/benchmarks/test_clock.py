@@ -43,7 +43,7 @@ def test_a_watched_session_is_the_same_otherwise() -> None:
 
 
 class Stream:
-    """Marks are places in a queue, each a millisecond after the last; they can be read once it was waited for."""
+    """Marks are places in a queue, a millisecond apart; they can be read once it was waited for."""
 
     def __init__(self) -> None:
         self.marks, self.reached = 0, 0
@@ -75,7 +75,7 @@ def test_on_a_device_marks_are_read_when_all_is_done(monkeypatch: pytest.MonkeyP
     inner.memory = memory
     session: Session = clock.watch("denoiser", inner)
     assert isinstance(session.memory, TimedMemory)
-    block = session.memory.allocate({name: ((3,), np.float32) for name in ("x", "y")})
+    block = session.memory.allocate(dict.fromkeys(("x", "y"), ((3,), np.float32)))
     binding = session.bind(block.tensors)
     block.push()
     binding.run()

@@ -104,7 +104,7 @@ def test_what_cannot_be_counted_is_named() -> None:
             z = If (c) <then_branch = t () => (float[N] a) { a = Identity (x) },
                         else_branch = e () => (float[N] b) { b = Neg (x) }>
         }""")
-    with pytest.raises(RequestError, match="If .* has a graph inside"):
+    with pytest.raises(RequestError, match=r"If .* has a graph inside"):
         count_model(loop, {"c": (), "x": (3,)})
     unknown = parse("""
         g (float[N] x, float[2, 2] w) => (float[P, 2] z) {

@@ -38,7 +38,7 @@ def test_nothing_below_one(
 
 def test_a_plan_that_measures_nothing_is_refused(plan: Plan) -> None:
     for change in ({"rounds": 0}, {"repeats": 0}, {"works": ()}):
-        with pytest.raises(RequestError, match="at least 1|no configuration"):
+        with pytest.raises(RequestError, match=r"at least 1|no configuration"):
             replace(plan, **change)
     with pytest.raises(RequestError, match="threads is 0"):
         replace(plan, settings=replace(plan.settings, threads=0))

@@ -40,13 +40,11 @@ def test_a_turn_warms_up_and_says_everything_at_once(made_up: ModuleType, plan: 
 
 def test_one_that_is_killed_leaves_what_it_measured(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
     contestant = Contestant("a", "fp32", functools.partial(made_up.dying, 9, tmp_path / "log"))
-    turn: Turn | None = None
+    seen: list[Turn] = []
     with pytest.raises(RuntimeError, match=KILLED):
-        for turn in run_turn(contestant, replace(plan, repeats=3), 0, cache=None, keep=tmp_path):
-            pass
-    assert turn is not None
-    assert len(turn.pictures) == 1
-    assert not turn.complete
+        seen.extend(run_turn(contestant, replace(plan, repeats=3), 0, cache=None, keep=tmp_path))
+    assert len(seen[-1].pictures) == 1
+    assert not seen[-1].complete
 
 
 def test_one_that_is_missing_says_why(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
