@@ -76,7 +76,7 @@ def write_tokenizer(checkpoint: Checkpoint, part: str, path: Path) -> None:
 def _load_tokenizer(checkpoint: Checkpoint, part: str) -> Any:
     from transformers import CLIPTokenizer, T5Tokenizer
 
-    kind = CLIPTokenizer
+    kind: Any = CLIPTokenizer
     if checkpoint.has(part) and checkpoint.kind(part).startswith("T5"):
         kind = T5Tokenizer
         _check_sentencepiece(checkpoint.place(part))

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from transformers import T5Tokenizer
 
 from allaprima.bundle import Bundle, BundleError, ExportError, RequestError
 from allaprima.cli.main import main
@@ -19,11 +20,10 @@ from allaprima.export import Usage, export_checkpoint
 from allaprima.export.kandinsky3 import read_family
 from allaprima.export.masked import MaskedDenoiser
 from allaprima.export.source import open_checkpoint
-from allaprima.runtime import Pipeline, Result, read_parameters
+from allaprima.runtime import Pipeline, Request, Result, read_parameters
 from allaprima.runtime.kandinsky3 import MASK, POOLING, STATES
 from allaprima.runtime.tokenizer import Tokenizer
 
-from .conftest import make_t5_tokenizer
 from .test_parity import Pictures, picture, psnr
 
 PROMPT = "a small red circle above a blue square on a white background"
@@ -91,6 +91,33 @@ def test_text_to_image(pair: Pair, settings: dict[str, Any], negative: str | Non
     assert wanted.std() > 5
     assert psnr(wanted[0], wanted[1]) < 40, "seeds should matter"
     assert worst(wanted, pixels(pair[1], num_images=2, **settings)) >= 45
+
+
+@pytest.mark.parametrize("negative", [None, "", NEGATIVE, LONG])
+@pytest.mark.parametrize("prompt", [PROMPT, "", "red", LONG])
+def test_what_the_denoiser_is_told(pair: Pair, prompt: str, negative: str | None) -> None:
+    """What diffusers tells it in L rows, and 128 - L further ones that count nothing."""
+    told = diffusers.Kandinsky3Pipeline(**pair[0]).encode_prompt(
+        prompt, negative_prompt=negative, _cut_context=True, device="cpu"
+    )
+    text, other, mask, other_mask = (each.numpy()[0] for each in told)
+    rows = len(text)
+    settings = Request(prompt, negative_prompt=negative, num_images=2, height=64, width=64).check(
+        pair[1].bundle.manifest
+    )
+    plan = pair[1]._family.plan(settings)
+    denoiser = pair[1]._prepare(settings, plan.length)
+    plan.write(denoiser)
+    denoiser.pull_conditions()
+    states, masks, pooling = (denoiser.conditions[name].array for name in (STATES, MASK, POOLING))
+    assert states.shape == (2, 2, 128, 32)
+    np.testing.assert_allclose(pooling[..., :rows], 1 / rows, rtol=1e-6)
+    assert not pooling[..., rows:].any()
+    assert not masks[..., rows:].any()
+    for branch, (wanted, seen) in enumerate([(other, other_mask), (text, mask)]):
+        for lane in range(2):
+            assert masks[branch, lane, :rows].tolist() == seen.tolist()
+            np.testing.assert_allclose(states[branch, lane, :rows], wanted, atol=1e-5)
 
 
 def test_what_a_prompt_says_matters(pair: Pair) -> None:
@@ -262,8 +289,11 @@ def test_what_a_bundle_holds(kandinsky3_bundle: Bundle) -> None:
         "x" * 200,
     ],
 )
-def test_ids_are_those_of_transformers(kandinsky3_bundle: Bundle, prompt: str) -> None:
-    made = make_t5_tokenizer()(prompt, padding="max_length", truncation=True, max_length=128)
+def test_ids_are_those_of_transformers(
+    kandinsky3_checkpoint: Path, kandinsky3_bundle: Bundle, prompt: str
+) -> None:
+    tokenizer = T5Tokenizer.from_pretrained(kandinsky3_checkpoint / "tokenizer")
+    made = tokenizer(prompt, padding="max_length", truncation=True, max_length=128)
     found = Tokenizer(kandinsky3_bundle).encode(prompt)
     assert found.ids.tolist() == made.input_ids
     assert found.count == sum(made.attention_mask)
