@@ -28,7 +28,7 @@ class Interval:
 class Line:
     """latency = fixed + per_step * steps, in seconds.
 
-    `residual` is the root mean square of (measured - line) / measured; None of two points, which fit any line.
+    `residual` is the root mean square of (measured - line) / measured; None of two points, which always fit.
     """
 
     fixed: float

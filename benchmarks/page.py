@@ -264,9 +264,7 @@ def _agreement(result: Result) -> list[str]:
             ratios = [each[name] / own[key][name] for name in ("throughput", "mean", "p50", "p99")]
             cells.append((*key, *(f"{ratio:.2f}" for ratio in ratios)))
     head = ("contestant", "scenario", "done/s", "mean", "p50", "p99")
-    return (
-        ["", "LoadGen's figures over those of our own generator:", "", *table(head, cells)] if cells else []
-    )
+    return ["", "LoadGen over our own generator:", "", *table(head, cells)] if cells else []
 
 
 def _quality(result: Result) -> list[str]:
