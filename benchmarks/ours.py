@@ -34,8 +34,8 @@ def ways(bundle: str, backends: Sequence[str], precisions: Sequence[str]) -> lis
 
     To be asked in another process, which imports the drivers. Raises BackendError for an unknown name.
     """
-    from allaprima.runtime.backends import backends as all_backends
     from allaprima.runtime.backends import PRECISIONS, choose, engine_precision
+    from allaprima.runtime.backends import backends as all_backends
 
     opened, there = open_bundle(resolve(bundle)), all_backends()
     for name, known in (
