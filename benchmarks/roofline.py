@@ -121,7 +121,7 @@ def points(result: Result) -> list[Point]:
 def ceiling(result: Result, contestant: str) -> tuple[float, float] | None:
     """Operations and bytes in a second that bound a contestant: the best that its backend was seen to do.
 
-    A GPU is the same for all backends, so one that runs only engines is held against another in its precision.
+    A GPU is the same for all backends, so one that runs only engines is held against another of its kind.
     """
     about = result["contestants"][contestant]
     done = [
