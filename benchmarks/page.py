@@ -302,7 +302,7 @@ def _quality(result: Result) -> list[str]:
     found = result["quality"]
     lines: list[str] = []
     if "psnr" in found:
-        similar = found["ssim"]
+        similar = found.get("ssim", {})
         cells = [
             (name, f"{value:.1f} dB", f"{similar[name]:.4f}" if name in similar else "–")
             for name, value in found["psnr"].items()

@@ -32,6 +32,9 @@ class Painter:
         stages = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
         return Painted(images, stages, {"denoiser": Share(0.0, work.steps)})
 
+    def host_memory(self):
+        return None
+
     def device_memory(self):
         return 123
 

@@ -31,7 +31,7 @@ def test_the_defaults_are_the_models() -> None:
     assert [str(work) for work in found.plan.works] == [
         f"{steps} step{'s' * (steps > 1)}, batch 1, 128x128" for steps in (1, 4, 8, 20, 30, 50)
     ]
-    assert (found.plan.settings.sampler, found.plan.settings.guidance_scale) == ("dpmpp_2m", 2.0)
+    assert (found.plan.settings.sampler, found.plan.settings.guidance_scale) == ("euler", 2.0)
     assert [each.bundle for each in found.contestants] == ["shapes"]
     alone = line_up(Asked(("shapes",)), table=False)
     assert [work.steps for work in alone.plan.works] == [20]

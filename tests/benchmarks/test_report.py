@@ -12,7 +12,6 @@ from allaprima.benchmarks import plots
 from allaprima.benchmarks.page import write_report
 from allaprima.benchmarks.plan import Work
 from allaprima.benchmarks.plots import plot_all
-from allaprima.benchmarks.quality import psnr
 from allaprima.benchmarks.result import SCHEMA, Result, read, turn_to_json, write
 from allaprima.benchmarks.roofline import points
 from allaprima.benchmarks.summary import against, costs, fits, rows
@@ -228,23 +227,3 @@ def test_without_matplotlib_the_report_says_what_to_install(
     assert "pip install 'allaprima[bench]'" in missing
     assert missing in path.read_text(encoding="utf-8")
     assert list(tmp_path.glob("*.svg")) == []
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "decibels"),
-    [
-        ((7, 7, 7), (7, 7, 7), 99.0),
-        ((0, 0, 0), (255, 255, 255), 0.0),
-        ((100, 100, 100), (101, 101, 101), 48.1308),
-    ],
-)
-def test_psnr(
-    tmp_path: Path, one: tuple[int, int, int], other: tuple[int, int, int], decibels: float
-) -> None:
-    from PIL import Image
-
-    for name, colour in {"one": one, "other": other}.items():
-        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
-    assert psnr(tmp_path / "one.png", tmp_path / "other.png") == pytest.approx(decibels, abs=1e-3)
-    Image.new("RGB", (8, 9)).save(tmp_path / "larger.png")
-    assert psnr(tmp_path / "one.png", tmp_path / "larger.png") == 0.0
