@@ -96,8 +96,8 @@ SDXL_SCHEDULER: dict[str, Any] = {
 
 
 UNSCALED = "SelfAttention.q.weight"
-"""What the queries' weights are called where scores are not scaled, as in T5: so small as it draws them itself,
-since attention that hangs on one token alone makes a deep model chaotic."""
+"""What the queries' weights are called where scores are not scaled, as in T5. They are as small as it draws
+them itself, since attention that hangs on one token alone makes a deep model chaotic."""
 
 
 def write_sd15(folder: Path, *, seed: int = 0) -> None:

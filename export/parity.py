@@ -97,8 +97,8 @@ def _compare(name: str, precision: str, trial: Trial, made: Arrays) -> Parity:
         limit = LEVELS[precision] if wanted.dtype == np.uint8 else TOLERANCE[precision]
         if not (error if wanted.dtype == np.uint8 else share) <= limit:
             raise ExportError(
-                f"{name} in {precision} is off by {measured:.3g} ({share:.3g} standard deviations) in {output} "
-                f"at {dict(trial.extents)}: the limit is {limit:g}; {_REMEDY[precision == 'int8']}"
+                f"{name} in {precision} is off by {measured:.3g} ({share:.3g} standard deviations) in "
+                f"{output} at {dict(trial.extents)}: the limit is {limit:g}; {_REMEDY[precision == 'int8']}"
             )
         worst, relative = max(worst, error), max(relative, error / deviation)
     shapes = {key: value.shape for key, value in trial.inputs.items()}
