@@ -163,7 +163,12 @@ def test_an_interrupted_run_is_kept_and_marked(tmp_path: Path, number: signal.Si
     command = [sys.executable, "-m", "allaprima.cli", "bench", "shapes", "--steps", "1", *TINY]
     command += ["--rounds", "500", "--no-roofline", "-o", str(tmp_path)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if this one runs behind
     )
     path = tmp_path / "result.json"
 

@@ -18,14 +18,14 @@ from allaprima.export import Progress, export_checkpoint
 from allaprima.export.graph import GraphPlan
 from allaprima.runtime.tokenizer import Tokenizer
 
-Copy = Callable[[GraphPlan, Path], None]
+Copy = Callable[..., None]
 
 
 @pytest.fixture
 def traced(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Copy:
     """Tracing replaced by a copy of what it gave before, which is a matter of minutes; all else is real."""
 
-    def copy(plan: GraphPlan, path: Path) -> None:
+    def copy(plan: GraphPlan, path: Path, **_: object) -> None:
         shutil.copytree(tiny_bundle.path(plan.name), path.parent, dirs_exist_ok=True)
 
     monkeypatch.setattr(allaprima.export.checkpoint, "write_graph", copy)
@@ -140,7 +140,7 @@ def test_a_target_that_is_in_the_way(tiny_checkpoint: Path, tmp_path: Path) -> N
 def test_an_export_that_stops_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, traced: Copy, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
-    def write_graph(plan: GraphPlan, path: Path) -> None:
+    def write_graph(plan: GraphPlan, path: Path, **_: object) -> None:
         traced(plan, path)
         if plan.name == "denoiser":
             raise stop
@@ -168,7 +168,7 @@ def test_an_export_that_is_wrong_leaves_nothing(
     target = tmp_path / "out"
     export_checkpoint(str(tiny_checkpoint), target, precision="fp32", name="old")
 
-    def write_graph(plan: GraphPlan, path: Path) -> None:
+    def write_graph(plan: GraphPlan, path: Path, **_: object) -> None:
         traced(plan, path)
         if plan.name == "denoiser":
             model: Any = onnx.load(path)
