@@ -217,7 +217,7 @@ class ShallowStep(torch.nn.Module):
         """What the step makes of its inputs and of deep features."""
         *given, features = inputs
         for place in self._absent:
-            given.insert(place, features.new_zeros(0))
+            given.insert(place, features.new_zeros(1))  # nothing looks at it
         with self._cut.shallow(features.to(next(self.unet.parameters()).dtype)):
             return self._step(*given)
 

@@ -55,10 +55,14 @@ def _unet(**fields: Any) -> UNet2DConditionModel:
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
-        **{"cross_attention_dim": 32, "attention_head_dim": 4, **fields},
+        **{
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+            **fields,
+        },
     )
 
 
@@ -418,6 +422,31 @@ def xl_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
 def xl_half_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
     """The tiny SDXL in float16."""
     return export(xl_checkpoint, "xl-half", "fp16")
+
+
+@pytest.fixture(scope="session")
+def cached_checkpoint(once: Once) -> Path:
+    """A tiny one with attention in the outermost level, as Stable Diffusion has it."""
+    return once(
+        "checkpoints/cached",
+        lambda folder: write_tiny(
+            folder,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def cached_bundle(cached_checkpoint: Path, export: Export) -> Bundle:
+    """It in float32, with the graphs of a cached step."""
+    return export(cached_checkpoint, "cached", "fp32", step_cache=1)
+
+
+@pytest.fixture(scope="session")
+def xl_cached_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
+    """The tiny SDXL in float16, with the graphs of a cached step."""
+    return export(xl_checkpoint, "xl-cached", "fp16", step_cache=True)
 
 
 @pytest.fixture(scope="session")
