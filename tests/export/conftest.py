@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,12 @@ from transformers import (
     T5Tokenizer,
 )
 
-from allaprima.bundle import Bundle, open_bundle
+from allaprima.bundle import Bundle, BundleWriter, open_bundle
 from allaprima.export import export_checkpoint
+from allaprima.export.checkpoint import _export_component as export_component
+from allaprima.export.checkpoint import _Stages as Stages
+from allaprima.export.source import open_checkpoint
+from allaprima.export.stable_diffusion import read_family
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
 
@@ -444,9 +450,23 @@ def cached_bundle(cached_checkpoint: Path, export: Export) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def xl_cached_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
-    """The tiny SDXL in float16, with the graphs of a cached step."""
-    return export(xl_checkpoint, "xl-cached", "fp16", step_cache=True)
+def xl_cached_bundle(xl_checkpoint: Path, xl_half_bundle: Bundle, once: Once) -> Bundle:
+    """The tiny SDXL in float16 with the graphs of a cached step, which alone are exported anew."""
+
+    def write(folder: Path) -> None:
+        family = replace(read_family(open_checkpoint(str(xl_checkpoint))), step_cache=1)
+        manifest = xl_half_bundle.manifest
+        with BundleWriter(folder) as writer:
+            shutil.copytree(xl_half_bundle.folder, writer.folder, dirs_exist_ok=True)
+            (writer.folder / "bundle.json").unlink()
+            made = {
+                role: export_component(make, role, "fp16", family, writer.folder, Stages(None, 0))
+                for role, make in family.plans(torch.float16).items()
+                if role not in manifest.components
+            }
+            writer.commit(replace(manifest, components={**manifest.components, **made}))
+
+    return open_bundle(once("bundles/xl-cached", write))
 
 
 @pytest.fixture(scope="session")
