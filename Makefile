@@ -13,12 +13,16 @@
 #              here needs: name an index of CPU builds then (pytorch.org lists them under "Get started").
 
 # WORKERS      how many processes run the tests, of one thread each, which take up to 2 GB.
+# MODEL        the bundle of bench-gpu, and CHECKPOINT_OF_MODEL its diffusers folder, which diffusers paints with;
+#              for shapes it is found.
 # WHEELS       for test-gpu and bench-gpu without a network: a folder with all wheels, setuptools too.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 WHEELS ?=
 WORKERS ?= 2
+MODEL ?= shapes
+CHECKPOINT_OF_MODEL ?=
 PROMPT ?= a red circle above a blue square on a white background
 
 VENV := .venv
@@ -52,13 +56,15 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 GPU := $(VENV)-gpu
-GPU_EXTRAS := ort-gpu,openvino,tensorrt-rtx
+GPU_EXTRAS := ort-gpu,openvino,tensorrt-rtx,bench
 
 test-gpu: $(GPU)/.ready
 	$(GPU)/bin/python -m pytest -m gpu tests/gpu $(ARGS)
 
 bench-gpu: $(GPU)/.ready
-	$(GPU)/bin/python -m allaprima.benchmarks.compare --gpu --model shapes --rounds 3 --repeats 5 $(ARGS)
+	$(GPU)/bin/allaprima bench $(MODEL) --backend tensorrt,tensorrt-rtx,ort-cuda --precision fp16 \
+		--steps 1,4,8,20,30,50 --batch 1,4,8 --vs diffusers,diffusers-compile \
+		$(if $(CHECKPOINT_OF_MODEL),--checkpoint $(CHECKPOINT_OF_MODEL)) --output benchmarks/results/gpu-$(notdir $(MODEL)) $(ARGS)
 
 # onnxruntime and onnxruntime-gpu exclude each other, so this is not the environment of the other commands. It may
 # see the packages of the system's Python: torch and diffusers, if the benchmark is to measure them.
@@ -87,7 +93,7 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) --editable '.[export,openvino,ort,tensorrt-rtx,dev]'
+	$(PIP) --editable '.[export,openvino,ort,tensorrt-rtx,bench,dev]'
 	@touch $@
 
 # mypy does not see an editable install; it sees the namespace as a folder of links to the layers.

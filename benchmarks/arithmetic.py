@@ -28,7 +28,7 @@ class Interval:
 class Line:
     """latency = fixed + per_step * steps, in seconds.
 
-    `residual` is the root mean square of (measured - line) / measured; None of two points, which fit any line.
+    `residual` is the root mean square of (measured - line) / measured; None of two points, which always fit.
     """
 
     fixed: float
@@ -70,7 +70,7 @@ def student_quantile(probability: float, freedom: float) -> float:
     if probability < 0.5:
         return -student_quantile(1 - probability, freedom)
     # Quadratic towards the far end, where 1 degree of freedom and a probability near 1 want the finest steps.
-    turn = 1 - np.square(np.linspace(1, 0, 400_001))
+    turn = 1 - np.square(np.linspace(1, 0, 20_001))
     angle = turn * math.pi / 2
     middle = (angle[1:] + angle[:-1]) / 2
     mass = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (freedom - 1) * np.diff(angle))])

@@ -95,6 +95,11 @@ SDXL_SCHEDULER: dict[str, Any] = {
 """The configurations of SDXL 1.0; its first text encoder and its VAE are near those above."""
 
 
+UNSCALED = "SelfAttention.q.weight"
+"""What the queries' weights are called where scores are not scaled, as in T5. They are as small as it draws
+them itself, since attention that hangs on one token alone makes a deep model chaotic."""
+
+
 def write_sd15(folder: Path, *, seed: int = 0) -> None:
     """Write a diffusers folder with the networks of Stable Diffusion 1.5 and distinct random weights in fp16.
 
@@ -214,6 +219,8 @@ def _draw(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor
 
     if len(shape) > 1:
         bound = (shape[0] / shape.numel()) ** 0.5  # of the number of inputs, as torch's layers have it
+        if name.endswith(UNSCALED):
+            bound /= 16
         return torch.empty(shape).uniform_(-bound, bound, generator=random).half()
     values = 0.02 * torch.randn(shape, generator=random)
     return (values + 1 if name.endswith("weight") else values).half()

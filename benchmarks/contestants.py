@@ -112,12 +112,13 @@ The function may raise AllaprimaError where there is no such contestant; the res
 """
 
 
-def find_peers(name: str, field: Field) -> list[Contestant]:
-    """The contestants of a name.
-
-    Raises RequestError for an unknown one, AllaprimaError where there are none here.
-    """
+def check_peer(name: str) -> None:
+    """Raises RequestError if there is no peer of that name."""
     if name not in PEERS:
         raise RequestError(f"unknown peer '{name}': choose from {', '.join(PEERS)}")
+
+
+def find_peers(name: str, field: Field) -> list[Contestant]:
+    """The contestants of a name of `PEERS`. Raises AllaprimaError where there are none here."""
     module, _, function = PEERS[name][0].partition(":")
     return cast(list[Contestant], getattr(import_module(module), function)(field))

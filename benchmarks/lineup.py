@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allaprima.benchmarks.checkpoints import SHAPES
-from allaprima.benchmarks.contestants import Contestant, Field, find_peers
+from allaprima.benchmarks.contestants import Contestant, Field, check_peer, find_peers
 from allaprima.benchmarks.ours import ON_CPU, contestant, ways
 from allaprima.benchmarks.plan import Plan, Settings, Work, grid
 from allaprima.benchmarks.process import in_new_process
@@ -55,6 +55,8 @@ def line_up(asked: Asked, *, table: bool) -> Lineup:
 
     Raises BundleError, BackendError or RequestError.
     """
+    for name in asked.peers:
+        check_peer(name)
     first, *_ = bundles = [open_bundle(resolve(name)) for name in asked.bundles]
     plan = _plan(asked, first, table=table)
     for bundle in bundles:
@@ -65,10 +67,6 @@ def line_up(asked: Asked, *, table: bool) -> Lineup:
     for name in asked.peers:
         try:
             contestants += find_peers(name, field)
-        except RequestError as error:
-            if "unknown" in str(error):
-                raise
-            absent[name] = str(error)
         except AllaprimaError as error:
             absent[name] = str(error)
     names = [each.name for each in contestants]
@@ -95,7 +93,10 @@ def _plan(asked: Asked, bundle: Bundle, *, table: bool) -> Plan:
 def _check(bundle: Bundle, works: Iterable[Work], settings: Settings) -> None:
     """Refuse what no contestant could paint, before anything is measured."""
     from allaprima.runtime.request import Request
+    from allaprima.runtime.samplers import find
 
+    if settings.sampler is not None:
+        find(settings.sampler)
     for work in works:
         Request(
             settings.prompt,

@@ -30,9 +30,11 @@ def write_openvino(checkpoint: Path, folder: Path) -> None:
     """
     import torch
 
+    from allaprima.benchmarks.peer_diffusers import silence
     from allaprima.benchmarks.plain_graphs import plain_plans
     from allaprima.export.source import open_checkpoint
 
+    silence()
     opened = open_checkpoint(str(checkpoint))
     for name, plan in plain_plans(opened, torch.float32).items():
         _convert(plan(), folder / name)

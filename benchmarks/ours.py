@@ -12,7 +12,7 @@ from pathlib import Path
 from allaprima.benchmarks.clock import TRANSFER, EngineClock
 from allaprima.benchmarks.contestants import Contestant, Painted
 from allaprima.benchmarks.plan import Settings, Work
-from allaprima.bundle import AllaprimaError, open_bundle, resolve
+from allaprima.bundle import AllaprimaError, BackendError, open_bundle, resolve
 
 ON_CPU = ("openvino", "ort")
 """The backends that use no GPU."""
@@ -32,17 +32,20 @@ class Way:
 def ways(bundle: str, backends: Sequence[str], precisions: Sequence[str]) -> list[Way]:
     """Every backend in every precision; "auto" is what `generate` would take, "all" is what works here.
 
-    To be asked in another process, which then imports the drivers. Raises BackendError for an unknown name.
+    To be asked in another process, which imports the drivers. Raises BackendError for an unknown name.
     """
+    from allaprima.runtime.backends import PRECISIONS, choose, engine_precision
     from allaprima.runtime.backends import backends as all_backends
-    from allaprima.runtime.backends import choose, engine_precision
 
-    opened = open_bundle(resolve(bundle))
-    names = [
-        found
-        for name in backends
-        for found in ([info.name for info in all_backends() if info.available] if name == "all" else [name])
-    ]
+    opened, there = open_bundle(resolve(bundle)), all_backends()
+    for name, known in (
+        *((name, ("auto", "all", *(info.name for info in there))) for name in backends),
+        *((name, ("auto", *PRECISIONS)) for name in precisions),
+    ):
+        if name not in known:
+            raise BackendError(f"unknown backend or precision '{name}': choose from {', '.join(known)}")
+    working = [info.name for info in there if info.available]
+    names = [found for name in backends for found in (working if name == "all" else [name])]
     found: dict[tuple[str, str], Way] = {}
     for name in names:
         for precision in precisions or ("auto",):
@@ -51,8 +54,6 @@ def ways(bundle: str, backends: Sequence[str], precisions: Sequence[str]) -> lis
                 exact = engine_precision(opened.component("denoiser"), chosen, precision)
                 way = Way(chosen, exact)
             except AllaprimaError as error:
-                if "unknown" in str(error):
-                    raise
                 way = Way(name, precision, str(error))
             found.setdefault((way.backend, way.precision), way)
     return list(found.values())

@@ -33,6 +33,7 @@ def write_report(result: Result, folder: Path) -> tuple[Path, str]:
         *_incomplete(result),
         *_results(result),
         *_plots(drawn),
+        *_stages(rows(result)),
         *_fits(result),
         *_costs(result),
         *_cold(result),
@@ -61,7 +62,19 @@ def _incomplete(result: Result) -> list[str]:
     return [f"> **Incomplete.** The run did not reach its end: {why}. What it had measured is below.", ""]
 
 
-HEAD = ("contestant", "steps", "batch", "size", "p50 s", "p90 s", "p99 s", "pictures/s", "s/step", "n")
+HEAD = (
+    "contestant",
+    "steps",
+    "batch",
+    "size",
+    "p50 s",
+    "p90 s",
+    "p99 s",
+    "pictures/s",
+    "s/step",
+    "not engine",
+    "n",
+)
 
 
 def result_rows(found: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -79,10 +92,15 @@ def result_rows(found: Sequence[Row]) -> list[tuple[str, ...]]:
                 f"{work.width}x{work.height}",
                 *(f"{value:.3g}" for value in (row.median, row.at(90), row.at(99), row.rate)),
                 _step(row, line.per_step if line else None),
+                _overhead(row),
                 str(len(row.seconds)),
             )
         )
     return cells
+
+
+def _overhead(row: Row) -> str:
+    return "–" if row.overhead is None else f"{100 * row.overhead:.2g} %"
 
 
 def _step(row: Row, fitted: float | None) -> str:
@@ -93,10 +111,20 @@ def _step(row: Row, fitted: float | None) -> str:
 
 
 def _results(result: Result) -> list[str]:
+    """The configurations that stand side by side; all of them only for who unfolds them."""
     found = rows(result)
     if not found:
         return []
-    return [*table(HEAD, result_rows(found)), "", *_ratios(result, found), *_stages(found)]
+    shape = side_by_side(row.work for row in found).shape
+    shown = [row for row in found if row.work.shape == shape]
+    lines = [*table(HEAD, result_rows(shown)), "", *_ratios(result, found)]
+    if len(shown) < len(found):
+        lines += _folded("All configurations", table(HEAD, result_rows(found)))
+    return lines
+
+
+def _folded(title: str, lines: Sequence[str]) -> list[str]:
+    return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>", ""]
 
 
 def _ratios(result: Result, found: Sequence[Row]) -> list[str]:
@@ -126,7 +154,7 @@ def _stages(found: Sequence[Row]) -> list[str]:
             row.contestant,
             str(row.work),
             *(f"{1e3 * row.stages[name]:.3g}" if name in row.stages else "–" for name in shown),
-            f"{100 * (row.overhead or 0):.2g} %",
+            _overhead(row),
         )
         for row in mine
     ]
@@ -135,7 +163,7 @@ def _stages(found: Sequence[Row]) -> list[str]:
         "Medians for the whole batch; PNG for one picture, and not in the latency. *Not engine* "
         "is the share of the latency that is neither a graph's nor a copy's."
     )
-    return ["## Stages", "", *table(head, cells), "", note, ""]
+    return _folded("Stages of all configurations", [*table(head, cells), "", note])
 
 
 def _plots(drawn: Iterable[tuple[str, str]]) -> list[str]:
@@ -264,9 +292,7 @@ def _agreement(result: Result) -> list[str]:
             ratios = [each[name] / own[key][name] for name in ("throughput", "mean", "p50", "p99")]
             cells.append((*key, *(f"{ratio:.2f}" for ratio in ratios)))
     head = ("contestant", "scenario", "done/s", "mean", "p50", "p99")
-    return (
-        ["", "LoadGen's figures over those of our own generator:", "", *table(head, cells)] if cells else []
-    )
+    return ["", "LoadGen over our own generator:", "", *table(head, cells)] if cells else []
 
 
 def _quality(result: Result) -> list[str]:
@@ -276,7 +302,7 @@ def _quality(result: Result) -> list[str]:
     found = result["quality"]
     lines: list[str] = []
     if "psnr" in found:
-        similar = found["ssim"]
+        similar = found.get("ssim", {})
         cells = [
             (name, f"{value:.1f} dB", f"{similar[name]:.4f}" if name in similar else "–")
             for name, value in found["psnr"].items()

@@ -94,8 +94,12 @@ class DiffusersPainter:
                 part.to(memory_format=torch.channels_last)
         if compiled:
             mode = "max-autotune-no-cudagraphs" if gpu else "default"
-            self._pipeline.unet = torch.compile(self._pipeline.unet, mode=mode)
-            self._pipeline.vae.decode = torch.compile(self._pipeline.vae.decode)
+            # On the CPU weights are packed for its matrix units only if they are constants.
+            torch._inductor.config.freezing = not gpu
+            # For each shape its own code: from the second on torch would make one for any, which is slower.
+            torch._dynamo.config.recompile_limit = max(8, 2 * len({work.shape for work in works}))
+            self._pipeline.unet = torch.compile(self._pipeline.unet, mode=mode, dynamic=False)
+            self._pipeline.vae.decode = torch.compile(self._pipeline.vae.decode, dynamic=False)
 
     def paint(self, work: Work) -> Painted:
         """See Painter."""

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from allaprima.benchmarks.bundles import Model
 from allaprima.benchmarks.contestants import Field
 from allaprima.benchmarks.plan import Work
 from allaprima.benchmarks.process import in_new_process
@@ -69,7 +70,7 @@ def prepared(
     Another checkpoint, or another version of `packages`, is another folder. Raises what `make` raises.
     """
     root = cache_folder() / "peers"
-    folder = root / f"{kind}-{checkpoint.resolve().parent.name}-{_key(checkpoint, packages)}"
+    folder = root / f"{kind}-{Model(checkpoint.resolve(), root).name}-{_key(checkpoint, packages)}"
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def contestants(field: Field) -> list[Contestant]:
 
 
 class CppPainter(ProgramPainter):
-    """See Painter. It is told the sigmas that diffusers would take, so that its pictures are the same."""
+    """See Painter. It is told the sigmas that diffusers would take, so that its pictures can be compared."""
 
     def __init__(
         self, python: str, folder: Path, precision: str, settings: Settings, works: Sequence[Work]

@@ -74,7 +74,7 @@ class Plan:
 
 
 def side_by_side(works: Iterable[Work]) -> Work:
-    """Of several configurations the one to show: the smallest batch, the largest picture, 20 steps or else most."""
+    """Of several configurations the one to show: smallest batch, largest picture, 20 steps or else most."""
     found = set(works)
     batch = min(work.batch for work in found)
     size = max((work.width * work.height, work.width) for work in found if work.batch == batch)

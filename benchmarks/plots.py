@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from allaprima.benchmarks.plan import side_by_side
 from allaprima.benchmarks.result import Result, read_work
-from allaprima.benchmarks.roofline import Point, points
+from allaprima.benchmarks.roofline import Point, ceiling, points
 from allaprima.benchmarks.summary import STAGES, Fit, fits, rows
 from allaprima.bundle import RequestError
 
@@ -235,9 +235,9 @@ def roofline(result: Result) -> Draw | None:
         span = _span(found)
         for name, (colour, _) in looks.items():
             mine = [point for point in found if point.contestant == name]
-            if not mine:
+            limits = ceiling(result, name)
+            if not mine or limits is None:
                 continue
-            limits = _ceiling(result, name)
             axes.plot(
                 span,
                 [min(limits[0], each * limits[1]) / 1e9 for each in span],
@@ -265,17 +265,6 @@ def _span(found: Sequence[Point]) -> list[float]:
     low, high = (pick(point.intensity for point in found) for pick in (min, max))
     low, high = low / 4, high * 4
     return [low * (high / low) ** (index / 60) for index in range(61)]
-
-
-def _ceiling(result: Result, name: str) -> tuple[float, float]:
-    about = result["contestants"][name]
-    mine = [
-        each
-        for each in result["rates"]
-        if "error" not in each
-        and (each["backend"], each["precision"]) == (about["backend"], about["precision"])
-    ]
-    return max(each["operations"] for each in mine), max(each["bandwidth"] for each in mine)
 
 
 def quality(result: Result) -> Draw | None:

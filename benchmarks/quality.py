@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from allaprima.benchmarks.contestants import Contestant
-from allaprima.benchmarks.likeness import Picture, psnr, ssim
+from allaprima.benchmarks.likeness import SMALLEST, Picture, psnr, ssim
 from allaprima.benchmarks.plan import Work
 
 Figures = dict[str, Any]
@@ -41,7 +41,7 @@ def compare_pictures(contestants: Sequence[Contestant], work: Work, folder: Path
 
     Pictures lie in `folder`/NAME. The reference has none itself; who paints another picture by its nature is
     listed in "other". Empty where there is no reference, or no other contestant. "ssim" is empty without
-    scikit-image.
+    scikit-image, or for pictures that are too small for it.
     """
     wanted = picture_name(work)
     painted = [each for each in contestants if (folder / each.name / wanted).is_file()]
@@ -49,13 +49,17 @@ def compare_pictures(contestants: Sequence[Contestant], work: Work, folder: Path
     if reference is None or len(painted) < 2:
         return {}
     picture = read_picture(folder / reference.name / wanted)
-    rest = [each.name for each in painted if each is not reference and each.same_picture]
-    pairs = {name: (read_picture(folder / name / wanted), picture) for name in rest}
-    able = importlib.util.find_spec("skimage") is not None
+    pairs = {
+        each.name: (made, picture)
+        for each in painted
+        if each is not reference and each.same_picture
+        if (made := read_picture(folder / each.name / wanted)).shape == picture.shape
+    }
+    able = importlib.util.find_spec("skimage") is not None and min(picture.shape[:2]) >= SMALLEST
     return {
         **asdict(work),
         "reference": reference.name,
         "psnr": {name: psnr(*pair) for name, pair in pairs.items()},
         "ssim": {name: ssim(*pair) for name, pair in pairs.items() if able},
-        "other": [each.name for each in painted if not each.same_picture],
+        "other": [each.name for each in painted if each is not reference and each.name not in pairs],
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from allaprima.benchmarks.counting import WIDTHS, count_graph
+from allaprima.benchmarks.ours import ON_CPU
 from allaprima.benchmarks.plan import Work
 from allaprima.benchmarks.result import Result, measurements
 from allaprima.bundle import AllaprimaError, Bundle, open_bundle, resolve
@@ -98,7 +99,6 @@ def points(result: Result) -> list[Point]:
         for each in result["counts"]
         if "error" not in each
     }
-    limits = _limits(result["rates"])
     seconds: dict[tuple[str, str, tuple[int, int, int]], tuple[Work, list[float]]] = {}
     for name, _, work, entry in measurements(result):
         for role, engine in (entry["engine"] or {}).items():
@@ -108,7 +108,7 @@ def points(result: Result) -> list[Point]:
     for (name, role, shape), (work, calls) in seconds.items():
         contestant = result["contestants"][name]
         count = counts.get((contestant["bundle"], role, shape))
-        limit = limits.get((contestant["backend"], contestant["precision"]))
+        limit = ceiling(result, name)
         if count and limit:
             operations = sum(count["operations"].values())
             moved = WIDTHS[contestant["precision"]] * (count["weights"] + count["activations"])
@@ -118,12 +118,22 @@ def points(result: Result) -> list[Point]:
     return found
 
 
-def _limits(rates: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
-    """The best rate and bandwidth of each backend and precision."""
-    found: dict[tuple[str, str], tuple[float, float]] = {}
-    for each in rates:
-        if "error" not in each:
-            key = each["backend"], each["precision"]
-            best = found.get(key, (0.0, 0.0))
-            found[key] = max(best[0], each["operations"]), max(best[1], each["bandwidth"])
-    return found
+def ceiling(result: Result, contestant: str) -> tuple[float, float] | None:
+    """Operations and bytes in a second that bound a contestant: the best that its backend was seen to do.
+
+    A GPU is the same for all backends, so one that runs only engines is held against another of its kind.
+    """
+    about = result["contestants"][contestant]
+    done = [
+        each
+        for each in result["rates"]
+        if "error" not in each
+        and each["precision"] == about["precision"]
+        and (each["backend"] in ON_CPU) == (about["backend"] in ON_CPU)
+    ]
+    mine = [each for each in done if each["backend"] == about["backend"]]
+    others = [] if about["backend"] in ON_CPU else done
+    found = mine or others
+    if not found:
+        return None
+    return max(each["operations"] for each in found), max(each["bandwidth"] for each in found)

@@ -27,6 +27,8 @@ Message = tuple[str, Any]
 Say = Callable[[Message], None]
 Job = Callable[[Say], None]
 
+GRACE = 5.0
+"""Seconds that a process may take to end."""
 KILLED = "the process was killed, perhaps for want of memory"
 
 
@@ -145,6 +147,8 @@ def listen(job: Job) -> Generator[Message, None, None]:
                 kind, value = ours.recv()
             except EOFError:
                 raise RuntimeError(KILLED) from None
+            if kind in ("end", "failed"):
+                process.join(GRACE)  # what it shares with others, as tqdm's locks, it has to put away itself
             if kind == "end":
                 return
             if kind == "failed":

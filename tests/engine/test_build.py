@@ -19,7 +19,7 @@ import onnx.parser
 import pytest
 
 import allaprima.engine.toolchains
-import allaprima.runtime.pipeline
+import allaprima.runtime.opener
 from allaprima.bundle import (
     BackendError,
     BuildError,
@@ -164,13 +164,13 @@ def test_a_damaged_engine_is_not_loaded(bundle: Bundle, damage: str, monkeypatch
     DAMAGES[damage](first[0].folder / first[0].engine.main)
     assert find_engine(first[0].engine.key) is None
     opened: list[Sequence[EngineFile]] = []
-    open_session = allaprima.runtime.pipeline.open_session
+    open_session = allaprima.runtime.opener.open_session
 
     def watch(*args: Any, engines: Sequence[EngineFile], **options: Any) -> Any:
         opened.append(engines)
         return open_session(*args, engines=engines, **options)
 
-    monkeypatch.setattr(allaprima.runtime.pipeline, "open_session", watch)
+    monkeypatch.setattr(allaprima.runtime.opener, "open_session", watch)
     paint(bundle, "ort")
     assert opened == [(), *((EngineFile(one.folder / one.engine.main),) for one in first[1:])]
     second = build(bundle, "ort")

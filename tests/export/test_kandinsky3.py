@@ -106,7 +106,7 @@ def test_what_the_denoiser_is_told(pair: Pair, prompt: str, negative: str | None
         pair[1].bundle.manifest
     )
     plan = pair[1]._family.plan(settings)
-    denoiser = pair[1]._prepare(settings, plan.length)
+    denoiser = vars(pair[1])["_stages"].denoiser(settings, plan.length)
     plan.write(denoiser)
     denoiser.pull_conditions()
     states, masks, pooling = (denoiser.conditions[name].array for name in (STATES, MASK, POOLING))

@@ -264,7 +264,7 @@ def test_the_image_encoder_is_loaded_when_it_is_needed(kandinsky_bundle: Bundle)
     with Pipeline.open(kandinsky_bundle.folder, backend="ort", threads=1) as pipeline:
         asked: dict[str, Any] = {"num_inference_steps": 1, "prior_num_inference_steps": 2, "height": 16}
         pipeline.generate("", mix=[("text", 1)], **asked)
-        assert "image_encoder" not in vars(pipeline)["_sessions"]
+        assert "image_encoder" not in vars(pipeline)["_components"].sessions
         first = pixels(pipeline, prompt="", mix=ITEMS, **asked)
         pipeline.unload()
         assert np.array_equal(first, pixels(pipeline, prompt="", mix=ITEMS, **asked))

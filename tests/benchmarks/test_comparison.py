@@ -1,0 +1,104 @@
+"""Two results held against each other."""
+
+import copy
+
+import pytest
+
+from allaprima.benchmarks.comparison import (
+    FASTER,
+    SAME,
+    SLOWER,
+    UNKNOWN,
+    Verdict,
+    compare,
+    differences,
+)
+from allaprima.benchmarks.result import Result
+from allaprima.bundle import RequestError
+
+
+def scaled(result: Result, factor: float, *, name: str = "quick", only: int | None = None) -> Result:
+    """The same result with other latencies of one contestant, in all step counts or one."""
+    other = copy.deepcopy(result)
+    for turn in other["contestants"][name]["turns"]:
+        for entry in turn["pictures"]:
+            if only in (None, entry["steps"]):
+                entry["seconds"] = [value * factor for value in entry["seconds"]]
+    return other
+
+
+def by_name(verdicts: list[Verdict]) -> dict[tuple[str, int | None], str]:
+    return {(each.contestant, each.work.steps if each.work else None): each.verdict for each in verdicts}
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(1.5, SLOWER), (0.5, FASTER), (1.005, SAME)])
+def test_verdicts(result: Result, factor: float, wanted: str) -> None:
+    verdicts = compare(result, scaled(result, factor))
+    assert by_name(verdicts) == {
+        **{("quick", steps): wanted for steps in (1, 4, 8, None)},
+        **{("slow", steps): SAME for steps in (1, 4, 8, None)},
+    }
+    changed = next(each.interval for each in verdicts if each.contestant == "quick")
+    assert changed is not None
+    assert changed.ratio == pytest.approx(factor)
+    assert changed.low < factor < changed.high
+
+
+def test_one_configuration_alone(result: Result) -> None:
+    found = by_name(compare(result, scaled(result, 1.3, only=8)))
+    assert found["quick", 8] == SLOWER
+    assert found["quick", 1] == SAME
+
+
+def test_what_does_not_matter_is_tolerated(result: Result) -> None:
+    slower = scaled(result, 1.2)
+    assert SLOWER in by_name(compare(result, slower)).values()
+    assert set(by_name(compare(result, slower, tolerance=0.3)).values()) == {SAME}
+    assert set(by_name(compare(result, slower, level=0.9999999)).values()) == {SAME}
+
+
+def test_one_round_is_no_evidence(result: Result) -> None:
+    short = scaled(result, 2.0)
+    for each in short["contestants"].values():
+        del each["turns"][1:]
+    assert set(by_name(compare(result, short)).values()) == {UNKNOWN}
+
+
+def test_only_what_both_have_is_compared(result: Result) -> None:
+    other = copy.deepcopy(result)
+    del other["contestants"]["slow"]
+    for turn in other["contestants"]["quick"]["turns"]:
+        turn["pictures"] = turn["pictures"][:1]
+    assert by_name(compare(result, other)) == {("quick", 1): SAME, ("quick", None): SAME}
+
+
+def test_nothing_in_common(result: Result) -> None:
+    other = copy.deepcopy(result)
+    other["contestants"] = {"another": other["contestants"]["quick"]}
+    with pytest.raises(
+        RequestError, match=r"no configuration in common: .*quick, slow at 1 step.*another at"
+    ):
+        compare(result, other)
+
+
+@pytest.mark.parametrize(("level", "tolerance"), [(1.0, 0.0), (0.0, 0.0), (0.95, -0.1), (0.95, 1.0)])
+def test_levels(result: Result, level: float, tolerance: float) -> None:
+    with pytest.raises(RequestError, match="between 0 and 1"):
+        compare(result, result, level=level, tolerance=tolerance)
+
+
+def test_what_else_differs_is_said(result: Result) -> None:
+    assert differences(result, copy.deepcopy(result)) == []
+    other = copy.deepcopy(result)
+    other["threads"] += 1
+    other["machine"]["cpu"] = "another"
+    other["plan"]["settings"]["sampler"] = "euler"
+    other["complete"], other["stopped"] = False, "it was interrupted"
+    words = "\n".join(differences(result, other))
+    for part in (
+        "threads 1 and 2",
+        "cpu",
+        "sampler ddim and euler",
+        "the second result is incomplete: it was",
+    ):
+        assert part in words
