@@ -199,8 +199,10 @@ class Denoiser:
         }
         tensors = {**self._noise.tensors, **self._row.tensors, **self._conditions.tensors}
         if shallow is not None:
+            # Never pushed or pulled: they stay where the graphs are.
             features = session.outputs[FEATURES].resolve(extents)
-            tensors |= memory.allocate({FEATURES: (features, np.float32)}).tensors
+            self._features = memory.allocate({FEATURES: (features, np.float32)})
+            tensors |= self._features.tensors
         self._bindings = self._bind(session, tensors)
         self._shallow = None if shallow is None else self._bind(shallow, tensors)
         self._source = 0
