@@ -11,10 +11,11 @@ from allaprima.benchmarks.process import in_new_process
 
 @dataclass(frozen=True)
 class Model:
-    """A diffusers folder, and the folder where its bundles lie."""
+    """A diffusers folder, and the folder where its bundles lie; `step_cache` as of `export_checkpoint`."""
 
     checkpoint: Path
     bundles: Path
+    step_cache: int = 0
 
     @property
     def name(self) -> str:
@@ -23,7 +24,8 @@ class Model:
 
     def bundle(self, precision: str) -> Path:
         """The folder of the bundle whose weights have this precision."""
-        return self.bundles / f"{self.name}-{precision}"
+        cached = f"-step-cache-{self.step_cache}" if self.step_cache else ""
+        return self.bundles / f"{self.name}-{precision}{cached}"
 
 
 def export_bundles(model: Model, precisions: Sequence[str], tell: Callable[[str], None]) -> None:
@@ -44,4 +46,10 @@ def export_bundles(model: Model, precisions: Sequence[str], tell: Callable[[str]
 def _export(model: Model, precision: str) -> None:
     from allaprima.export import export_checkpoint
 
-    export_checkpoint(str(model.checkpoint), model.bundle(precision), precision=precision, overwrite=True)
+    export_checkpoint(
+        str(model.checkpoint),
+        model.bundle(precision),
+        precision=precision,
+        overwrite=True,
+        step_cache=model.step_cache,
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from allaprima.benchmarks.arithmetic import Interval
 from allaprima.benchmarks.plan import side_by_side
-from allaprima.benchmarks.plots import plot_all
+from allaprima.benchmarks.plots import embed, plot_all
 from allaprima.benchmarks.report import describe_machine, table
 from allaprima.benchmarks.result import Result, read_work
 from allaprima.benchmarks.roofline import points
@@ -169,15 +169,7 @@ def _stages(found: Sequence[Row]) -> list[str]:
 def _plots(drawn: Iterable[tuple[str, str]]) -> list[str]:
     lines = []
     for name, title in drawn:
-        lines += [
-            f"## {title}",
-            "",
-            "<picture>",
-            f'  <source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">',
-            f'  <img alt="{title}" src="{name}.svg">',
-            "</picture>",
-            "",
-        ]
+        lines += [f"## {title}", "", *embed(name, title), ""]
     return lines
 
 

@@ -43,22 +43,25 @@ WIDTH = 7.2
 def plot_all(result: Result, folder: Path) -> list[tuple[str, str]]:
     """Write every plot that the result has figures for; name and title of each, in the order of the report.
 
-    Files are NAME.svg and NAME-dark.svg. Raises RequestError if matplotlib is not installed.
+    Raises RequestError if matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise RequestError(f"plots need matplotlib ({error}): pip install 'allaprima[bench]'") from error
+    check_plots()
     written = []
     for name, title, prepare in PLOTS:
         draw = prepare(result)
         if draw is None:
             continue
-        for theme in (LIGHT, DARK):
-            suffix = "" if theme is LIGHT else "-dark"
-            (folder / f"{name}{suffix}.svg").write_text(_render(draw, theme), encoding="utf-8")
+        write_plot(draw, folder, name)
         written.append((name, title))
     return written
+
+
+def check_plots() -> None:
+    """Raise RequestError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise RequestError(f"plots need matplotlib ({error}): pip install 'allaprima[bench]'") from error
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,23 @@ class Draw:
 
     height: float
     into: Callable[[Axes, Theme], None]
+
+
+def write_plot(draw: Draw, folder: Path, name: str) -> None:
+    """Write a plot to NAME.svg and NAME-dark.svg."""
+    for theme in (LIGHT, DARK):
+        suffix = "" if theme is LIGHT else "-dark"
+        (folder / f"{name}{suffix}.svg").write_text(_render(draw, theme), encoding="utf-8")
+
+
+def embed(name: str, title: str) -> list[str]:
+    """The lines that show a written plot on GitHub, in the colours of the reader's page."""
+    return [
+        "<picture>",
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">',
+        f'  <img alt="{title}" src="{name}.svg">',
+        "</picture>",
+    ]
 
 
 def _render(draw: Draw, theme: Theme) -> str:

@@ -34,6 +34,7 @@ from allaprima.bundle.manifest import (
     Preview,
     TensorSpec,
     TokenizerSpec,
+    component_name,
 )
 from allaprima.bundle.profiles import Profile, nearest
 from allaprima.bundle.record import Record
@@ -77,6 +78,7 @@ __all__ = [
     "builtin_bundle",
     "builtin_names",
     "cache_folder",
+    "component_name",
     "engine_key",
     "engines",
     "find_engine",

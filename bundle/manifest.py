@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any, Self
 
 from allaprima.bundle.errors import BundleError
@@ -58,7 +58,8 @@ class Component(Record):
     `overflows_fp16`: its values leave the range of fp16, so it must be computed in another precision.
     `weights` is "int8" where those of matrix products are stored so, None where all are in `precision`.
     `float32_graph`, beside `graph`, computes the same in float32 over the same weights, for processors
-    without bf16; None where there is none.
+    without bf16; None where there is none. `weight_bytes`: how much it uses of a file of weights that belongs
+    to another component, None where the file is its own.
     """
 
     graph: str
@@ -69,6 +70,7 @@ class Component(Record):
     overflows_fp16: bool = False
     weights: str | None = field(default=None, metadata=LATER)
     float32_graph: str | None = field(default=None, metadata=LATER)
+    weight_bytes: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,13 @@ class Manifest(Record):
     `components` of the family "stable-diffusion": text_encoder, denoiser, vae_decoder, vae_encoder, and in
     larger models text_encoder_2; "kandinsky-3" has the first four, "kandinsky-2.2" also prior, with
     prior/settings.json, image_encoder, likewise, if it was asked for, and hint_encoder if the denoiser takes
-    hints. `precision` is the denoiser's; each component has its own. `tokenizers` belong to the text
-    encoders, under the same names. `zero_negative`: no negative prompt means a condition of zeros, not that
-    of an empty text. `scheduler` is diffusers' scheduler_config.json as it is. `history` is S, the number of
-    earlier predictions that the denoiser takes. `preview` is None where the autoencoder's latents are not
-    finite. `versions` says what made it. `files` lists every file but bundle.json, by its path with `/`; a
-    `BundleWriter` fills it in.
+    hints. Where the denoiser's step can be cached, denoiser_deep takes a whole step and hands out the deep
+    features of its UNet, and denoiser_shallow one with those of an earlier step. `precision` is the
+    denoiser's; each component has its own. `tokenizers` belong to the text encoders, under the same names.
+    `zero_negative`: no negative prompt means a condition of zeros, not that of an empty text. `scheduler` is
+    diffusers' scheduler_config.json as it is. `history` is S, the number of earlier predictions that the
+    denoiser takes. `preview` is None where the autoencoder's latents are not finite. `versions` says what
+    made it. `files` lists every file but bundle.json, by its path with `/`; a `BundleWriter` fills it in.
     """
 
     schema: int
@@ -216,6 +219,11 @@ class Manifest(Record):
         components = self.components.values()
         graphs = [graph for each in components for graph in (each.graph, each.float32_graph) if graph]
         return (*graphs, *(tokenizer.file for tokenizer in self.tokenizers.values()))
+
+
+def component_name(graph: PurePath) -> str:
+    """What a component is called, by the path of its graph: where several are in a folder, after it too."""
+    return graph.parent.name if graph.stem == "model" else f"{graph.parent.name}_{graph.stem}"
 
 
 def check_relative(path: str) -> str:

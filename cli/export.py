@@ -58,6 +58,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("int8",),
         help="quantize those of the text encoders' matrix products (default: as --precision)",
     )
+    parser.add_argument(
+        "--step-cache",
+        action="store_const",
+        const=1,
+        default=0,
+        help="also write the graphs for --cache-interval, over the same weights",
+    )
+    parser.add_argument(
+        "--step-cache-layers",
+        dest="step_cache",
+        metavar="N",
+        type=int,
+        help="the same, with so many layers of the UNet computed at every step: slower and closer (1)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     add_quiet(parser)
 
@@ -84,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
             prior=options.prior,
             image_encoder=options.image_encoder,
             text_encoder_weights=options.text_encoder_weights,
+            step_cache=options.step_cache,
             progress=lambda progress: report("export", progress.done, progress.total, progress.stage),
         )
     if not options.quiet:

@@ -103,6 +103,13 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
         "--clip-skip", metavar="N", type=int, help="last layers of the text encoder to leave out (0)"
     )
     parser.add_argument(
+        "--cache-interval",
+        metavar="N",
+        type=int,
+        default=1,
+        help="compute the model in full at every N-th step only: faster, another picture (1: off)",
+    )
+    parser.add_argument(
         "--guidance-rescale", metavar="X", type=float, default=0.0, help="tames strong guidance, 0 to 1"
     )
 
@@ -128,6 +135,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Paint, save, and say where."""
     from allaprima.runtime import Pipeline, check_writable, save_image, save_preview
+    from allaprima.runtime.step_cache import read_interval
 
     _settle_bundle(options)
     paths = _name_outputs(Path(options.output), options.num_images)
@@ -136,7 +144,8 @@ def run(options: argparse.Namespace) -> None:
         check_writable(path)
     asked = _asked(options)
     if options.refiner is not None:
-        open_bundle(resolve(options.refiner))  # before the base has painted for nothing
+        refiner = open_bundle(resolve(options.refiner))  # before the base has painted for nothing
+        read_interval(options.cache_interval, refiner.manifest)
     with progress_bar(quiet=options.quiet) as report:
 
         def callback(progress: Progress) -> None:
@@ -196,6 +205,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "variation_strength": options.variation_strength,
         "mask": options.mask,
         "sampling": read_sampling(options),
+        "cache_interval": options.cache_interval,
         **read_xl(options),
         **read_prior(options),
     }

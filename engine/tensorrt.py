@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from allaprima.bundle import BackendError, BuildError, Component, Profile, TensorSpec
+from allaprima.bundle import BackendError, BuildError, Component, Profile, TensorSpec, component_name
 from allaprima.engine.options import TARGETS, Options
 from allaprima.runtime.cuda import current_device
 from allaprima.runtime.flavours import FLAVOURS, load, version
@@ -95,7 +95,7 @@ def build_plan(
     from polygraphy.backend import trt
 
     enter("parse")
-    with _words(f"{graph.parent.name}: {backend}") as ask:
+    with _words(f"{component_name(graph)}: {backend}") as ask:
         # Later versions than 10 know no other networks, and ignore that it is asked for.
         parsed = trt.NetworkFromOnnxPath(str(graph), strongly_typed=True)
         network = ask(trt.SetDecomposableAttentions(parsed))

@@ -25,6 +25,7 @@ from allaprima.export.single_file import SingleFile, unpack
 from allaprima.export.source import Checkpoint, open_checkpoint
 from allaprima.export.stable_diffusion import read_family
 from allaprima.export.step import HISTORY
+from allaprima.export.step_cache import check_cut
 from allaprima.export.widening import write_widened
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +54,7 @@ def export_checkpoint(
     prior: str | None = None,
     image_encoder: bool = False,
     text_encoder_weights: str | None = None,
+    step_cache: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a checkpoint of Stable Diffusion 1.x, 2.x or XL, or of Kandinsky 2.2 or 3, to a bundle.
@@ -72,6 +74,8 @@ def export_checkpoint(
         prior: of Kandinsky, the folder or hub id of the prior if `source` is the decoder alone.
         image_encoder: of Kandinsky, put the prior's image encoder into the bundle too, for requests that hand
             in pictures to be mixed or to begin the prior with.
+        step_cache: put the graphs for requests with a `cache_interval` into the bundle too. 1 (or True)
+            leaves one layer of the UNet to be computed at every step, higher numbers more: slower and closer.
         progress: called before each stage.
 
     Raises:
@@ -95,7 +99,9 @@ def export_checkpoint(
             image_encoder=image_encoder,
         )
         family = (usage or Usage()).apply(read)
-        family = replace(family, text_encoder_weights=text_encoder_weights)
+        if step_cache:
+            check_cut(checkpoint.config("unet"), step_cache)
+        family = replace(family, text_encoder_weights=text_encoder_weights, step_cache=int(step_cache))
         return _export(family, writer, name or Path(target).resolve().name, precision, progress)
 
 
@@ -182,8 +188,10 @@ def _export_component(
     plan = make()
     stages.enter(f"{part}: trace")
     graph = f"{part}/model.onnx"
+    if plan.shares:  # beside the weights, since a graph cannot refer to those of another folder
+        graph = f"{plan.shares}/{part.removeprefix(plan.shares).lstrip('_')}.onnx"
     weights = family.weights(part)
-    write_graph(plan, folder / graph, int8=weights == "int8")
+    used = write_graph(plan, folder / graph, int8=weights == "int8")
     wide = f"{part}/float32.onnx" if family.overflows(part) and precision == "bf16" else None
     if wide is not None:
         write_widened(folder / graph, folder / wide)
@@ -192,7 +200,17 @@ def _export_component(
     trials = parity.reference(plan, _extents(family))
     errors = parity.check(part, folder / graph, precision, trials, weights)
     overflows = family.overflows(part)
-    return Component(graph, precision, plan.inputs, plan.outputs, errors, overflows, weights, wide)
+    return Component(
+        graph,
+        precision,
+        plan.inputs,
+        plan.outputs,
+        errors,
+        overflows,
+        weights,
+        wide,
+        weight_bytes=used if plan.shares else None,
+    )
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:

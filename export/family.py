@@ -17,6 +17,7 @@ from allaprima.export.encoders import ImageDecoder, ImageEncoder, TextEncoder
 from allaprima.export.graph import GraphPlan
 from allaprima.export.source import Checkpoint
 from allaprima.export.step import Shape, plan_step
+from allaprima.export.step_cache import DEEP, SHALLOW, plan_deep, plan_shallow
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Family:
     `texts` are the text encoders by component, `conditions` the shapes of what the UNet takes beyond the
     first one's states, `options` what else its graph can (see `denoiser.Denoiser`). `wide`: the autoencoder's
     values leave the range of fp16. `text_encoder_weights`: "int8" if those of the text encoders' matrix
-    products are to be quantized.
+    products are to be quantized. `step_cache`: how many layers of the UNet are shallow to the step cache (see
+    `step_cache.Cut`), 0 if the bundle is to have none.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +59,7 @@ class Family:
     zero_negative: bool = False
     wide: bool = False
     text_encoder_weights: str | None = None
+    step_cache: int = 0
 
     name: ClassVar[str] = "stable-diffusion"
     """What the manifest calls the family."""
@@ -99,6 +102,9 @@ class Family:
         for role in self.texts:
             plans[role] = lambda role=role: self._text_encoder(role, self.dtype(role, dtype))  # type: ignore[misc]
         plans["denoiser"] = lambda: self._denoiser(dtype)
+        if self.step_cache:
+            plans[DEEP] = lambda: plan_deep(self._denoiser(dtype), self.step_cache)
+            plans[SHALLOW] = lambda: plan_shallow(self._denoiser(dtype), self.step_cache)
         plans["vae_decoder"] = lambda: self._vae_decoder(self.dtype("vae_decoder", dtype))
         plans["vae_encoder"] = lambda: self._vae_encoder(self.dtype("vae_encoder", dtype))
         if safety.has_safety_checker(self.checkpoint):

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from allaprima.bundle import ExportError, TensorSpec
 from allaprima.export.int8 import SCALE, insert_dequantization, quantize
 from allaprima.export.reason import reason
-from allaprima.export.weights import StoredTensor, address, write_weights
+from allaprima.export.weights import Place, StoredTensor, address, read_header, write_weights
 
 OPSET = 23
 """The first opset with `Attention`, which every backend fuses or takes apart by itself."""
@@ -35,6 +35,7 @@ class GraphPlan:
 
     `example` maps each input, in the order of the module's forward, to an example tensor; `axes` names its
     dynamic axes (axis → name, or `torch.export.Dim`); `inputs` and `outputs` are the runtime's contract.
+    `shares` is the component whose weights it takes, "" if it has its own.
     """
 
     name: str
@@ -43,27 +44,37 @@ class GraphPlan:
     axes: dict[str, dict[int, Any]]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    shares: str = ""
 
 
-def write_graph(plan: GraphPlan, path: Path, *, int8: bool = False) -> None:
+def write_graph(plan: GraphPlan, path: Path, *, int8: bool = False) -> int:
     """Trace the module and write `path` (graph) and, beside it, `WEIGHTS`.
 
     Weights keep their names and layout, so that they can be swapped later: only what does not depend on them
     is folded. A component that is exported as its checkpoint stores it has the checkpoint's very file. With
-    `int8` the weights of matrix products are quantized (see `export.int8`).
+    `int8` the weights of matrix products are quantized (see `export.int8`). A plan that shares another
+    component's weights finds them in `WEIGHTS`, which is there already.
+
+    Returns the bytes of weights that the graph uses.
 
     Raises:
         ExportError: the module does not trace, the graph is not valid ONNX, or the disk refuses.
     """
     model = _trace(plan)
     _strip(model)
+    state = plan.module.state_dict(keep_vars=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_weights(plan.module.state_dict(keep_vars=True), model, path.parent, int8=int8)
+        used = (
+            _find_weights(state, model, path.parent)
+            if plan.shares
+            else _write_weights(state, model, path.parent, int8=int8)
+        )
         onnx_ir.save(model, path)
     except OSError as cause:
         raise ExportError(f"{path} cannot be written: {reason(cause)}") from cause
     _check(plan, model, path)
+    return used
 
 
 def _trace(plan: GraphPlan) -> onnx_ir.Model:
@@ -173,8 +184,8 @@ def _strip(model: onnx_ir.Model) -> None:
 
 def _write_weights(
     state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path, *, int8: bool
-) -> None:
-    """Move the parameters out of the graph, each under its name without the wrapper's prefix."""
+) -> int:
+    """Move the parameters out of the graph, each under its name without the wrapper's prefix; their bytes."""
     initializers = model.graph.initializers
     quantized = insert_dequantization(model, state.keys()) if int8 else {}
     owners: dict[object, str] = {}  # tied weights are stored once
@@ -193,18 +204,41 @@ def _write_weights(
         folder / WEIGHTS,
         lambda saved: narrow[saved].values() if saved in narrow else tensors[saved],
     )
-    for name, saved in names.items():
-        initializer = initializers[name]
+    shapes = {name: tensors[saved].shape for name, saved in names.items()}
+    return _refer(model, {name: places[saved] for name, saved in names.items()}, shapes)
+
+
+def _find_weights(state: Mapping[str, torch.Tensor], model: onnx_ir.Model, folder: Path) -> int:
+    """Let the parameters of a graph be those of the same name in `folder`'s file of weights; their bytes.
+
+    ExportError if one of them is not there, or is another.
+    """
+    header = read_header(folder / WEIGHTS)
+    places, used = {}, {name: tensor for name, tensor in state.items() if name in model.graph.initializers}
+    for name, tensor in used.items():
+        saved = name.partition(".")[2]
+        place, *kind = header.get(saved, (None,))
+        if place is None or kind != [tuple(tensor.shape), tensor.dtype]:
+            raise ExportError(f"{folder / WEIGHTS} has no {saved} of {tensor.dtype} {list(tensor.shape)}")
+        places[name] = place
+    return _refer(model, places, {name: tensor.shape for name, tensor in used.items()})
+
+
+def _refer(model: onnx_ir.Model, places: Mapping[str, Place], shapes: Mapping[str, torch.Size]) -> int:
+    """Let initializers be what is at these places of `WEIGHTS`; the bytes of all."""
+    for name, place in places.items():
+        initializer = model.graph.initializers[name]
         if initializer.dtype is not None:
             initializer.const_value = onnx_ir.ExternalTensor(
                 WEIGHTS,
-                places[saved].start,
-                places[saved].length,
+                place.start,
+                place.length,
                 initializer.dtype,
                 name=name,
-                shape=onnx_ir.Shape(tensors[saved].shape),
-                base_dir=folder,
+                shape=onnx_ir.Shape(shapes[name]),
+                base_dir=place.file.parent,
             )
+    return sum({place.start: place.length for place in places.values()}.values())
 
 
 def _check(plan: GraphPlan, model: onnx_ir.Model, path: Path) -> None:

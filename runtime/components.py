@@ -52,7 +52,9 @@ class Components:
         """
         if role not in self.sessions:
             if self._opens is None:
-                raise RequestError(f"this pipeline was made without a {role}: it takes no picture")
+                raise RequestError(
+                    f"this pipeline was made without a {role}, which the request needs: use Pipeline.open"
+                )
             self.sessions[role] = self._held(role, self._opens(role))
         return self.sessions[role]
 
@@ -86,7 +88,8 @@ class Components:
 
 def weigh_files(bundle: Bundle, role: str) -> Footprint:
     """What a component takes if nobody knows better: its files."""
-    weights = stored(bundle.path(bundle.component(role).graph))
+    component = bundle.component(role)
+    weights = stored(bundle.path(component.graph), component)
     return Footprint(weights, weights)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from allaprima.bundle import BackendError
+from allaprima.bundle import BackendError, Component
 from allaprima.runtime.memory import Tensor
 
 _UNITS = {"": 1, "B": 1} | {
@@ -57,8 +57,10 @@ def show_bytes(count: int) -> str:
     return f"{count} B"
 
 
-def stored(graph: Path) -> int:
-    """Bytes of a graph with the files beside it, which hold its weights."""
+def stored(graph: Path, component: Component | None = None) -> int:
+    """Bytes of a graph with the files beside it, which hold its weights, or with what it uses of them."""
+    if component is not None and component.weight_bytes is not None:
+        return graph.stat().st_size + component.weight_bytes
     return sum(path.stat().st_size for path in graph.parent.iterdir() if path.is_file())
 
 

@@ -110,6 +110,7 @@ def describe(parameters: Parameters) -> str:
         **({} if p.strength is None else {"Denoising strength": f"{p.strength:g}"}),
         **_variation(p),
         **({} if p.refiner is None else {"Refiner": p.refiner, "Refiner switch at": f"{p.denoising_end:g}"}),
+        **({} if p.cache_interval == 1 else {"Cache interval": p.cache_interval}),
         "Model": p.bundle,
         "Version": f"allaprima {p.version}",
     }

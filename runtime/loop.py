@@ -14,6 +14,7 @@ from allaprima.runtime.result import Progress, Report, Stage
 from allaprima.runtime.samplers import Table
 from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Denoiser
+from allaprima.runtime.step_cache import is_full
 
 Callback = Callable[[Progress], None]
 
@@ -33,8 +34,12 @@ def denoise(
     kept: Kept | None,
     callback: Callback | None,
     previewer: Previewer | None,
+    interval: int = 1,
 ) -> None:
-    """Take all steps of a table. `streams` are the pictures' noise, `kept` is what a mask keeps."""
+    """Take all steps of a table, every `interval`-th of them in full.
+
+    `streams` are the pictures' noise, `kept` is what a mask keeps.
+    """
     total = len(table.timesteps)
     draws = Draws(streams)
     for row in range(total):
@@ -42,7 +47,7 @@ def denoise(
         if table.draws[row]:
             draws.fill(denoiser.noise, float(table.echoes[row]))
             denoiser.push_noise()
-        denoiser.step()
+        denoiser.step(full=is_full(row, interval))
         if kept is not None and table.levels is not None:
             denoiser.pull()
             level = table.levels[row + 1] if row + 1 < len(table.levels) else (1.0, 0.0)

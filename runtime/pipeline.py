@@ -69,8 +69,8 @@ class Pipeline:
         """Take over opened sessions of text encoders, denoiser and vae_decoder; `open` does it all.
 
         `opens` opens another component when a request first needs it: the vae_encoder or the image_encoder,
-        for pictures that are handed in. `weigh` says what a component takes of a `memory_limit` in bytes;
-        without it that is the size of its files. `embedding_cache` in bytes.
+        for pictures that are handed in, or the graphs of a cached step. `weigh` says what a component takes
+        of a `memory_limit` in bytes; without it that is the size of its files. `embedding_cache` in bytes.
 
         Raises BundleError if the bundle is of another family or its tokenizer cannot be read, BackendError if
         a component does not fit into the limit.
@@ -228,7 +228,7 @@ class Pipeline:
             tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
             previewer = Previewer(preview, preview_every, kept) if preview and preview_every else None
-            denoise(denoiser, table, beginning.streams, kept, callback, previewer)
+            denoise(denoiser, table, beginning.streams, kept, callback, previewer, settings.cache_interval)
             check_latents(denoiser, sessions)
             marks.append(perf_counter())
             latents = denoiser.sample.copy() if settings.output_type == "latent" else None

@@ -20,6 +20,7 @@ from allaprima.runtime.prior_request import Mix, read_prior_request
 from allaprima.runtime.samplers import count_steps
 from allaprima.runtime.sampling import Sampling
 from allaprima.runtime.settings import Latents, OutputType, Settings
+from allaprima.runtime.step_cache import read_interval
 
 Number = TypeVar("Number", int, float)
 
@@ -72,6 +73,7 @@ class Options(TypedDict, total=False):
     mix: Mix | None
     hint: Source | None
     sampling: Sampling | Mapping[str, Any] | None
+    cache_interval: int
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Request:
     `hint` is a picture of depths, bright where it is near, for a model that paints after one.
     `sampling` says more of the sampler (see `Sampling`): custom timesteps or sigmas, which say the number of
     steps, churn, order, and options of the scheduler.
+    `cache_interval` above 1 computes the deep part of the denoiser at every so many calls only, which is
+    faster and not the same picture; the bundle must have been exported with --step-cache.
     """
 
     prompt: str
@@ -147,6 +151,7 @@ class Request:
     mix: Mix | None = None
     hint: Source | None = None
     sampling: Sampling | Mapping[str, Any] | None = None
+    cache_interval: int = 1
 
     def check(self, manifest: Manifest) -> Settings:
         """The request with the bundle's defaults filled in.
@@ -196,6 +201,7 @@ class Request:
             prior=read_prior_request(self, manifest),
             hint=read_hint(self.hint, manifest),
             sampling=sampling,
+            cache_interval=read_interval(self.cache_interval, manifest),
         )
         settings.check(needs_mask=_takes(manifest, "mask"))
         return settings

@@ -80,6 +80,7 @@ class Parameters:
     prior_strength: float | None = None
     prior_negative_prompt: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    cache_interval: int = 1
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Settings:
     prior: PriorRequest = field(default_factory=PriorRequest)
     hint: Image.Image | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    cache_interval: int = 1
 
     @property
     def begin(self) -> int:

@@ -10,7 +10,8 @@ from numpy.typing import DTypeLike, NDArray
 from allaprima.bundle import BackendError, BundleError, Latent, RequestError
 from allaprima.runtime.memory import Tensor
 from allaprima.runtime.samplers import Table, idle_row
-from allaprima.runtime.session import Session
+from allaprima.runtime.session import Binding, Session
+from allaprima.runtime.step_cache import FEATURES
 
 Floats = NDArray[np.float32]
 
@@ -148,10 +149,12 @@ class Denoiser:
         branches: int,
         history: int,
         length: int,
+        shallow: Session | None = None,
     ) -> None:
         """Allocate for `sample` [B,C,H,W], G `branches`, S `history` slots, L = `length` tokens per prompt.
 
-        All lanes are idle at first. Raises BundleError if the session's graph is of an older version, or
+        All lanes are idle at first. `shallow` takes the steps that are not full, with deep features that
+        `session` hands out. Raises BundleError if the session's graph is of an older version, or
         BackendError if it has other shapes.
         """
         width = session.inputs["update"].shape[-1]
@@ -194,20 +197,27 @@ class Denoiser:
             else tensor
             for name, tensor in self._conditions.tensors.items()
         }
-        inputs = {**self._noise.tensors, **self._row.tensors, **self._conditions.tensors}
-        self._bindings = tuple(
-            session.bind(
-                {
-                    **inputs,
-                    **self._states[source].tensors,
-                    "next_sample": self._states[1 - source].tensors["sample"],
-                    "next_history": self._states[1 - source].tensors["history"],
-                }
-            )
-            for source in (0, 1)
-        )
+        tensors = {**self._noise.tensors, **self._row.tensors, **self._conditions.tensors}
+        if shallow is not None:
+            # Never pushed or pulled: they stay where the graphs are.
+            features = session.outputs[FEATURES].resolve(extents)
+            self._features = memory.allocate({FEATURES: (features, np.float32)})
+            tensors |= self._features.tensors
+        self._bindings = self._bind(session, tensors)
+        self._shallow = None if shallow is None else self._bind(shallow, tensors)
         self._source = 0
         self.write(idle_row(history), 0)
+
+    def _bind(self, session: Session, tensors: Mapping[str, Tensor]) -> tuple[Binding, Binding]:
+        """From the first pair of sample and history to the second, and the reverse."""
+        bindings = []
+        for source in (0, 1):
+            made = self._states[1 - source].tensors
+            state = {"next_sample": made["sample"], "next_history": made["history"]}
+            given = {**tensors, **self._states[source].tensors, **state}
+            known = {*session.inputs, *session.outputs}
+            bindings.append(session.bind({name: given[name] for name in given if name in known}))
+        return bindings[0], bindings[1]
 
     @property
     def sample(self) -> Floats:
@@ -261,8 +271,12 @@ class Denoiser:
                 values = getattr(table, name)
                 tensors[name].array[lanes] = neutral if values is None else values[row]
 
-    def step(self) -> None:
-        """Take one step in all lanes. Raises BackendError; then the present sample is still the old one."""
+    def step(self, *, full: bool = True) -> None:
+        """Take one step in all lanes; one that is not `full` takes the deep features of the last that was.
+
+        Raises BackendError; then the present sample is still the old one.
+        """
         self._row.push()
-        self._bindings[self._source].run()
+        bindings = self._bindings if full or self._shallow is None else self._shallow
+        bindings[self._source].run()
         self._source = 1 - self._source

@@ -8,8 +8,9 @@ from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker
 from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Decoder, Denoiser, Encoder
+from allaprima.runtime.step_cache import DEEP, SHALLOW
 
-DECODER, ENCODER = "vae_decoder", "vae_encoder"
+DENOISER, DECODER, ENCODER = "denoiser", "vae_decoder", "vae_encoder"
 
 
 class Staging:
@@ -27,20 +28,26 @@ class Staging:
         self._safety: SafetyChecker | None = None
 
     def denoiser(self, settings: Settings, length: int) -> Denoiser:
-        """The denoiser of the request's shape, for `length` tokens. Raises BackendError or RequestError."""
+        """The denoiser of the request's shape, for `length` tokens.
+
+        The graphs of a cached step are opened when they are first needed. Raises BackendError or
+        RequestError.
+        """
         manifest = self._bundle.manifest
         latent = manifest.latent
         height, width = settings.height // latent.downscale, settings.width // latent.downscale
         shape = (settings.num_images, latent.channels, height, width)
-        key = (shape, settings.branches, length)
+        cached = settings.cache_interval > 1
+        key = (shape, settings.branches, length, cached)
         if self._denoiser is None or self._denoiser[0] != key:
             self._denoiser = None  # first, so that the old and the new buffers never exist together
             denoiser = Denoiser(
-                self._components.sessions["denoiser"],
+                self._components.open(DEEP if cached else DENOISER),
                 shape,
                 branches=settings.branches,
                 history=manifest.history,
                 length=length,
+                shallow=self._components.open(SHALLOW) if cached else None,
             )
             self._denoiser = key, denoiser
         return self._denoiser[1]

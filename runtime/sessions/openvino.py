@@ -93,7 +93,7 @@ def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) 
         weights = 2 * max(file.path.stat().st_size for file in engines)
     else:
         kept = component.precision in {"fp32", "bf16"} & set(precisions())
-        weights = stored(graph) * (2 if kept else 4)
+        weights = stored(graph, component) * (2 if kept else 4)
     return Footprint(weights, weights)
 
 

@@ -52,7 +52,7 @@ def open_session(
 
 def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
     """Measured: one copy of the weights; of fp16 one in fp32 beside it, of int8 one in what is computed."""
-    weights = stored(engines[0].path if engines else _own(graph, component))
+    weights = stored(engines[0].path) if engines else stored(_own(graph, component), component)
     if component.weights is not None:
         weights *= 2
     elif component.precision == "fp16":

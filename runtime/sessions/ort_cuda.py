@@ -61,7 +61,7 @@ class OrtGpuDriver(GpuDriver):
 
     def footprint(self, graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
         """One copy of the weights; not measured yet."""
-        return Footprint(stored(graph), stored(graph))
+        return Footprint(stored(graph, component), stored(graph, component))
 
     def open_graph(self, path: Path, component: Component, gpu: Gpu, *, graphs: bool) -> Any:
         """An onnxruntime.InferenceSession, with the CPU for what the provider leaves if `graphs` is off."""

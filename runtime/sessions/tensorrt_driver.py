@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from allaprima.bundle import BackendError, Component, EngineFile
+from allaprima.bundle import BackendError, Component, EngineFile, component_name
 from allaprima.runtime import flavours
 from allaprima.runtime.cuda import default_gpu
 from allaprima.runtime.footprint import Footprint
@@ -47,7 +47,7 @@ class TensorrtDriver(GpuDriver):
         memory_limit: int | None,
     ) -> TensorrtSession:
         """Make ready to load engines; `backends.open_session` says the rest."""
-        role = graph.parent.name
+        role = component_name(graph)
         check_precision(self.name, component, precision)
         if not engines:
             raise BackendError(

@@ -67,6 +67,7 @@ def test_export(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path) -> 
         "prior": None,
         "image_encoder": False,
         "text_encoder_weights": None,
+        "step_cache": 0,
     }
     assert outcome.out == f"{target}: tiny, fp16, 7.0 kB in 3 files\n"
     refused = allaprima("export", "models/x", str(target))
@@ -85,6 +86,16 @@ def test_every_option(allaprima: Allaprima, asked: dict[str, Any], tmp_path: Pat
     assert asked["thresholding"] is True
     assert (asked["prior"], asked["image_encoder"]) == ("p", True)
     assert asked["usage"] == Usage("lcm", 6, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"), [(["--step-cache"], 1), (["--step-cache-layers", "2"], 2)], ids=["usual", "more"]
+)
+def test_step_cache(
+    allaprima: Allaprima, asked: dict[str, Any], tmp_path: Path, words: list[str], layers: int
+) -> None:
+    assert allaprima("export", *words, "models/x", str(tmp_path / "out")).code == 0
+    assert asked["step_cache"] == layers
 
 
 def test_precision_is_one_of_three(allaprima: Allaprima, asked: dict[str, Any]) -> None:

@@ -119,6 +119,7 @@ def test_one_positional_is_the_prompt(allaprima: Allaprima, easel: Easel) -> Non
         "variation_strength": 0.0,
         "mask": None,
         "sampling": {},
+        "cache_interval": 1,
     }
     assert read_parameters("picture.png")["prompt"] == "a red circle"
 
@@ -159,7 +160,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
     words += ["--backend", "ort", "--precision", "fp32", "--threads", "2", "--no-safety-checker"]
     words += ["--memory-limit", "6.5GB"]
     words += ["--image", "start.png", "--strength", "0.6"]
-    words += ["--mask", "mask.png"]
+    words += ["--mask", "mask.png", "--cache-interval", "3"]
     words += ["--variation-seed", "5", "--variation-strength", "0.25"]
     words += ["--long-prompts", "--prompt-weights", "--clip-skip", "2", "--guidance-rescale", "0.7"]
     words += ["--timesteps", "999,749.5", "--sigmas", "14.6,0", "--order", "3", "--churn", "5"]
@@ -208,6 +209,7 @@ def test_every_option_reaches_the_pipeline(allaprima: Allaprima, easel: Easel) -
         },
         "prior_num_inference_steps": 5,
         "prior_guidance_scale": 2.0,
+        "cache_interval": 3,
     }
     assert outcome.out.startswith("out-1.webp  seed 3\nout-2.webp  seed 4\n")
     assert sorted(path.name for path in Path().iterdir()) == ["out-1.webp", "out-2.webp"]

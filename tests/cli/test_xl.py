@@ -119,6 +119,10 @@ def test_both_tell_what_they_did_for_a_memory_limit(
         (("--refiner-start", "0.5"), "--refiner-start is 0.5, but there is no --refiner: name one"),
         (("--crop", "8"), "'8' is not a corner: write X,Y in pixels"),
         (("--original-size", "8"), "'8' is not a size: write WIDTHxHEIGHT"),
+        (
+            ("--refiner", "shapes", "--cache-interval", "2"),
+            "cache_interval is 2, but the bundle shapes has no",
+        ),
     ],
 )
 def test_what_is_refused_before_painting(

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,12 @@ from transformers import (
     T5Tokenizer,
 )
 
-from allaprima.bundle import Bundle, open_bundle
+from allaprima.bundle import Bundle, BundleWriter, open_bundle
 from allaprima.export import export_checkpoint
+from allaprima.export.checkpoint import _export_component as export_component
+from allaprima.export.checkpoint import _Stages as Stages
+from allaprima.export.source import open_checkpoint
+from allaprima.export.stable_diffusion import read_family
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
 
@@ -55,10 +61,14 @@ def _unet(**fields: Any) -> UNet2DConditionModel:
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
-        **{"cross_attention_dim": 32, "attention_head_dim": 4, **fields},
+        **{
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+            **fields,
+        },
     )
 
 
@@ -418,6 +428,45 @@ def xl_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
 def xl_half_bundle(xl_checkpoint: Path, export: Export) -> Bundle:
     """The tiny SDXL in float16."""
     return export(xl_checkpoint, "xl-half", "fp16")
+
+
+@pytest.fixture(scope="session")
+def cached_checkpoint(once: Once) -> Path:
+    """A tiny one with attention in the outermost level, as Stable Diffusion has it."""
+    return once(
+        "checkpoints/cached",
+        lambda folder: write_tiny(
+            folder,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def cached_bundle(cached_checkpoint: Path, export: Export) -> Bundle:
+    """It in float32, with the graphs of a cached step."""
+    return export(cached_checkpoint, "cached", "fp32", step_cache=1)
+
+
+@pytest.fixture(scope="session")
+def xl_cached_bundle(xl_checkpoint: Path, xl_half_bundle: Bundle, once: Once) -> Bundle:
+    """The tiny SDXL in float16 with the graphs of a cached step, which alone are exported anew."""
+
+    def write(folder: Path) -> None:
+        family = replace(read_family(open_checkpoint(str(xl_checkpoint))), step_cache=1)
+        manifest = xl_half_bundle.manifest
+        with BundleWriter(folder) as writer:
+            shutil.copytree(xl_half_bundle.folder, writer.folder, dirs_exist_ok=True)
+            (writer.folder / "bundle.json").unlink()
+            made = {
+                role: export_component(make, role, "fp16", family, writer.folder, Stages(None, 0))
+                for role, make in family.plans(torch.float16).items()
+                if role not in manifest.components
+            }
+            writer.commit(replace(manifest, components={**manifest.components, **made}))
+
+    return open_bundle(once("bundles/xl-cached", write))
 
 
 @pytest.fixture(scope="session")

@@ -351,7 +351,7 @@ def test_without_a_limit_sessions_are_the_backends_own(log: list[str]) -> None:
     components = make_components(log, None, {"a": 100})
     assert isinstance(components.sessions["a"], Counted)
     assert components.report() is None
-    with pytest.raises(RequestError, match="this pipeline was made without a b: it takes no picture"):
+    with pytest.raises(RequestError, match="this pipeline was made without a b, which the request needs"):
         components.open("b")
 
 
