@@ -11,7 +11,15 @@ from allaprima.benchmarks.contestants import Contestant, Field, check_peer, find
 from allaprima.benchmarks.ours import ON_CPU, contestant, ways
 from allaprima.benchmarks.plan import Plan, Settings, Work, grid
 from allaprima.benchmarks.process import in_new_process
-from allaprima.bundle import AllaprimaError, Bundle, RequestError, builtin_bundle, open_bundle, resolve
+from allaprima.bundle import (
+    AllaprimaError,
+    BackendError,
+    Bundle,
+    RequestError,
+    builtin_bundle,
+    open_bundle,
+    resolve,
+)
 from allaprima.cli.machine import read_machine
 
 PROMPT = "a red circle above a blue square on a white background"
@@ -56,7 +64,7 @@ def line_up(asked: Asked, *, table: bool) -> Lineup:
     Raises BundleError, BackendError or RequestError.
     """
     for name in asked.peers:
-        check_peer(name)
+        check_peer(name.partition(":")[0])
     first, *_ = bundles = [open_bundle(resolve(name)) for name in asked.bundles]
     plan = _plan(asked, first, table=table)
     for bundle in bundles:
@@ -66,13 +74,24 @@ def line_up(asked: Asked, *, table: bool) -> Lineup:
     field = Field(asked.bundles[0], checkpoint, any(each.backend not in ON_CPU for each in contestants))
     for name in asked.peers:
         try:
-            contestants += find_peers(name, field)
+            contestants += _in_precision(name, field)
         except AllaprimaError as error:
             absent[name] = str(error)
     names = [each.name for each in contestants]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise RequestError(f"{', '.join(double)}: two contestants of one name, leave one out")
     return Lineup(first.manifest.name, plan, tuple(contestants), absent)
+
+
+def _in_precision(name: str, field: Field) -> list[Contestant]:
+    """The contestants of "NAME", or those of "NAME:PRECISION" alone."""
+    peer, _, precision = name.partition(":")
+    found = find_peers(peer, field)
+    chosen = [each for each in found if precision in ("", each.precision)]
+    if not chosen:
+        here = ", ".join(dict.fromkeys(each.precision for each in found))
+        raise BackendError(f"{peer} is not measured in {precision} here, but in {here}")
+    return chosen
 
 
 def _plan(asked: Asked, bundle: Bundle, *, table: bool) -> Plan:

@@ -93,7 +93,7 @@ def _add_contestants(parser: argparse.ArgumentParser) -> None:
         type=_words,
         default=(),
         help="other libraries: diffusers, diffusers-compile, ort, openvino-genai, optimum-onnx, "
-        "optimum-intel, stable-diffusion-cpp",
+        "optimum-intel, stable-diffusion-cpp; NAME:PRECISION for one precision of it",
     )
     add(
         "--peer-python",

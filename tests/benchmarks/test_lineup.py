@@ -53,6 +53,14 @@ def test_backends_and_precisions_and_peers() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_one_precision_of_a_peer() -> None:
+    found = line_up(
+        Asked(("shapes",), sizes=SMALL, peers=("diffusers:bf16", "diffusers-compile:fp8")), table=True
+    )
+    assert [each.name for each in found.contestants[1:]] == ["diffusers-bf16"]
+    assert "diffusers-compile is not measured in fp8 here, but in fp32, bf16" in found.absent.values()
+
+
 def test_a_peer_without_its_checkpoint_is_listed(tmp_path: Path) -> None:
     asked = Asked(("shapes",), sizes=SMALL, peers=("diffusers", "diffusers-compile"), checkpoint=tmp_path)
     found = line_up(asked, table=True)
