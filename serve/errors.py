@@ -1,0 +1,33 @@
+"""What a server refuses beyond what the runtime refuses."""
+
+from __future__ import annotations
+
+from allaprima.bundle import AllaprimaError, RequestError
+
+
+class UnknownModel(RequestError):
+    """There is no model of that name here."""
+
+
+class OverLimit(RequestError):
+    """The request asks for more than the server allows."""
+
+
+class Busy(AllaprimaError):
+    """The queue is full; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(AllaprimaError):
+    """The server is about to stop and takes nothing new, or stopped before a job was done."""
+
+
+class Cancelled(AllaprimaError):
+    """The job was cancelled."""
+
+
+class DeadlineExceeded(AllaprimaError):
+    """The job was not done in the time that its sender gave it."""
