@@ -26,12 +26,14 @@ class Order:
 
     `model` None is the server's first. Previews come after every `preview_every` calls of the model; None is
     never. `deadline` in seconds from now: a job that is not done by then is stopped; None is the server's.
+    `owner` is whose it is, a name without meaning: nobody else is told of it. None is everybody's.
     """
 
     request: Request
     model: str | None = None
     preview_every: int | None = None
     deadline: float | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ class Job:
         self._listeners: list[Listener] = []
         self._cancelled = threading.Event()
         self._wake: Callable[[], None] = lambda: None
-        self._status = Status(self.id, self.model, "queued", self.order.request.num_images, created=time.time())
+        self._status = Status(
+            self.id, self.model, "queued", self.order.request.num_images, created=time.time()
+        )
 
     @property
     def status(self) -> Status:
@@ -178,9 +182,7 @@ class Job:
                 state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
             else:
                 self.result = outcome
-            self._status = replace(
-                self._status, state=state, error=error, position=None, ended=time.time()
-            )
+            self._status = replace(self._status, state=state, error=error, position=None, ended=time.time())
             event, listeners = Event("ended", self._status), tuple(self._listeners)
             self._listeners.clear()
         for listener in listeners:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """`pixels` of one picture, `work` is pictures x steps x pixels, bytes of texts and uploads in UTF-8.
+    """`pixels` of one picture, `work` is pictures x steps x pixels, `prompt_bytes` those of one text in
+    UTF-8. `upload_bytes` bounds the body of an HTTP request, `upload_pixels` each picture in it.
 
     `queue` bounds the pictures that wait, `deadline` and `most_deadline` are the seconds that a job has if
     its sender says nothing, and at most. `kept` jobs that ended can be asked for, for `kept_seconds`.
@@ -19,6 +20,7 @@ class Limits:
     work: int = 8 * 50 * 1024 * 1024
     prompt_bytes: int = 16 << 10
     upload_bytes: int = 20 << 20
+    upload_pixels: int = 1 << 24
     queue: int = 64
     deadline: float = 600.0
     most_deadline: float = 3600.0
