@@ -66,8 +66,6 @@ def scaled(measured: Mapping[tuple[int, int], int], height: int, width: int) -> 
     if not measured:
         return 1
     pixels = height * width
-    (near_height, near_width), lanes = min(
-        measured.items(),
-        key=lambda item: max(item[0][0] * item[0][1], pixels) / min(item[0][0] * item[0][1], pixels),
-    )
-    return max(1, lanes * near_height * near_width // pixels)
+    known = {tall * wide: lanes for (tall, wide), lanes in measured.items()}
+    near = min(known, key=lambda each: max(each, pixels) / min(each, pixels))
+    return max(1, known[near] * near // pixels)

@@ -19,7 +19,7 @@ IDLE_KEPT = 4
 class Group:
     """Pictures of one model and shape. `spent` is the time that it had of the device, in seconds.
 
-    Of a group that was idle it is set forward when it is entered, so that what it did not use is not saved up.
+    It is set forward when the group is entered after a pause: what was not used is not saved up.
     """
 
     model: str

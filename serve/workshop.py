@@ -26,7 +26,7 @@ MOST_GROUPS = 8
 
 @dataclass(eq=False)
 class Begun:
-    """A job of which pictures are being painted: those not yet prepared, and those that are done, by index."""
+    """A job of which pictures are being painted: what still waits, what is painted, and what is done."""
 
     job: Job
     model: Shelved
@@ -97,7 +97,7 @@ class Workshop:
         return False
 
     def _begin(self, job: Job, model: Shelved) -> bool:
-        """Take a job from the queue and prepare its first picture; False if its model cannot be loaded yet."""
+        """Prepare the first picture of a job that waits; False if its model cannot be loaded yet."""
         try:
             pipeline = self._load(model)
             if pipeline is None:
