@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from allaprima.runtime import Settings
+from allaprima.serve.errors import OverLimitError
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -26,3 +29,20 @@ class Limits:
     most_deadline: float = 3600.0
     kept: int = 64
     kept_seconds: float = 900.0
+
+
+def check_limits(limits: Limits, settings: Settings) -> None:
+    """Raises OverLimitError naming the value and what is allowed."""
+    pixels = settings.height * settings.width
+    steps = settings.num_inference_steps + (settings.prior_num_inference_steps or 0)
+    texts = (settings.prompt, settings.negative_prompt, settings.prompt_2, settings.negative_prompt_2)
+    longest = max(len((text or "").encode(errors="replace")) for text in texts)
+    for name, value, most in (
+        ("num_images", settings.num_images, limits.images),
+        ("num_inference_steps", steps, limits.steps),
+        ("height x width", pixels, limits.pixels),
+        ("a prompt's bytes", longest, limits.prompt_bytes),
+        ("pictures x steps x pixels", settings.num_images * steps * pixels, limits.work),
+    ):
+        if value > most:
+            raise OverLimitError(f"{name} is {value}, more than this server allows: ask for at most {most}")
