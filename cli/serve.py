@@ -24,8 +24,8 @@ _PACKAGES = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "st
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.description = (
-        "Serves pictures over HTTP: to clients of OpenAI's Images API, and by jobs of its own. The log goes to "
-        "stderr, as JSON. SIGTERM lets it finish what it paints."
+        "Serves pictures over HTTP: to clients of OpenAI's Images API, and by jobs of its own. The log goes "
+        "to stderr, as JSON. SIGTERM lets it finish what it paints."
     )
     parser.add_argument(
         "bundles",
@@ -156,7 +156,7 @@ def _open(options: argparse.Namespace, folder: Path, memory_limit: int | None) -
 
 
 def read_settings(options: argparse.Namespace) -> ServerSettings:
-    """Who is let in, and how much they may ask. Raises RequestError for a server that is open to a network."""
+    """Who is let in, and how much they may ask. Raises RequestError for a server that all may reach."""
     from allaprima.serve.server import is_loopback
     from allaprima.serve.settings import ServerSettings
 
