@@ -95,6 +95,13 @@ def test_a_port_that_is_taken(allaprima: Allaprima) -> None:
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in outcome.err
 
 
+def test_a_backend_that_is_not_there(allaprima: Allaprima) -> None:
+    outcome = allaprima("serve", "--port", "0", "--backend", "nothing")
+    assert outcome.code == 2
+    assert "allaprima: error: " in outcome.err.splitlines()[-1]
+    assert "nothing" in outcome.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process(number: int) -> None:
     command = [sys.executable, "-m", "allaprima.cli", "serve", "--port", "0", "--backend", "ort"]
