@@ -48,8 +48,9 @@ def is_loopback(host: str) -> bool:
 def serve(app: FastAPI, listener: socket.socket, *, drain_seconds: float) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what runs; a second signal stops at once.
 
-    What waits, and what comes meanwhile, is refused with 503. What still runs after `drain_seconds` is
-    given up. A studio that can no longer paint ends it too. Raises BackendError, or what the studio failed with.
+    What waits, and what comes meanwhile, is refused with 503, and so is what still runs after
+    `drain_seconds`. A studio that can no longer paint ends it too. Raises BackendError, or what the studio
+    failed with.
     """
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -106,8 +107,8 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(studio.drain)
         while studio.load().running and time.monotonic() < until and not self.force_exit:
             await asyncio.sleep(0.05)
-        for job in studio.jobs():
-            job.cancel()
+        if studio.load().running and not self.force_exit:
+            await asyncio.to_thread(studio.close, 0)
         await super().shutdown(sockets)
 
 

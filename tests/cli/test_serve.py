@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,17 @@ Allaprima = Callable[..., SimpleNamespace]
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """As they were: the command logs to the stderr that it finds."""
+    loggers = [logging.getLogger(name) for name in ("allaprima", "uvicorn")]
+    before = [(each.handlers, each.propagate, each.level) for each in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def settings(*words: str) -> ServerSettings:

@@ -55,7 +55,10 @@ def test_a_studio_that_fails_ends_the_server(caplog: pytest.LogCaptureFixture) -
     for failure in (BackendError("no such device"), RuntimeError("broken")):
         studio = FakeStudio()
         studio.failure = failure
-        with listen("127.0.0.1", 0) as listener, pytest.raises(BackendError, match="device|its log says why"):
+        with (
+            listen("127.0.0.1", 0) as listener,
+            pytest.raises(BackendError, match=r"device|its log says why"),
+        ):
             serve_until_the_end(create_app(studio), listener, drain_seconds=1)  # type: ignore[arg-type]
         assert str(failure) in caplog.text
 
@@ -210,7 +213,7 @@ def test_patience_has_an_end(serve: Serve) -> None:
     server.server.handle_exit(15, None)
     waiting.join(10)
     assert waiting.answer is not None
-    assert waiting.answer.status_code == 409
+    assert waiting.answer.status_code == 503
     until(lambda: _is_gone(server))
 
 
