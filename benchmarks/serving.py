@@ -98,7 +98,7 @@ def draw_traffic(kinds: Sequence[int], count: int, height: int, width: int, seed
 
 
 def paint_offline(setting: Setting, traffic: Traffic) -> tuple[float, float]:
-    """Pictures a second if all are there from the start, in batches; and the seconds of one alone, on average."""
+    """Pictures a second if all are there from the start, in batches; the mean seconds of one alone."""
     lanes = setting.lanes
     with setting.open(setting.bundle) as pipeline:
 
@@ -121,9 +121,8 @@ def paint_offline(setting: Setting, traffic: Traffic) -> tuple[float, float]:
         for steps in kinds:
             of_it = traffic.steps.count(steps)
             whole, rest = divmod(of_it, lanes)
-            total += (
-                whole * statistics.median(paint(steps, lanes) for _ in range(min(3, whole))) if whole else 0
-            )
+            batches = [paint(steps, lanes) for _ in range(min(3, whole))]
+            total += whole * statistics.median(batches) if batches else 0.0
             total += paint(steps, rest) if rest else 0.0
     return len(traffic.steps) / total, statistics.fmean(alone[steps] for steps in traffic.steps)
 
