@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from allaprima.bundle import AllaprimaError, BackendError, RequestError
 from allaprima.serve.context import Context
+from allaprima.serve.protocol import PatientProtocol
 
 _log = logging.getLogger("allaprima.serve")
 _KEEP_ALIVE_SECONDS = 30
@@ -69,7 +70,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, drain_seconds: float) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             lifespan="on",
             access_log=False,
