@@ -12,7 +12,7 @@ HEAD_SECONDS = 20.0
 
 
 class PatientProtocol(H11Protocol):
-    """Hangs up on who connects and sends no request, or only a part of its head: uvicorn would wait for ever."""
+    """Hangs up on who sends no request, or a part of its head only: uvicorn would wait for ever."""
 
     head_seconds = HEAD_SECONDS
     _due: asyncio.TimerHandle | None = None
