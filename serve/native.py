@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from allaprima.runtime import samplers
 from allaprima.serve.context import Context, Here
@@ -111,7 +111,7 @@ async def image(
 
 @router.get(
     "/jobs/{id}/events",
-    response_class=EventStream,
+    response_class=StreamingResponse,
     responses=_COMMON | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def events(id: str, request: Request, here: Here) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ class FakeStudio:
     """As Studio, with a thread that paints the jobs one after the other.
 
     `hold` makes it wait before every step, until `go` (or the job is cancelled); `fails` is what the next
-    jobs fail with; `busy` is what orders are refused with.
+    jobs fail with; `busy` is what orders are refused with; `seconds` is what a step takes.
     """
 
     def __init__(self, names: Sequence[str] = ("shapes",), limits: Limits | None = None) -> None:
@@ -30,6 +31,7 @@ class FakeStudio:
         self.names = tuple(names)
         self.fails: Exception | None = None
         self.busy: BusyError | None = None
+        self.seconds = 0.0
         self.failure: Exception | None = None
         self.ready = False
         self.draining = False
@@ -148,6 +150,7 @@ class FakeStudio:
                 raise CancelledError("the job was cancelled")
             if self.fails is not None:
                 raise self.fails
+            time.sleep(self.seconds)
             job.update(step=step * made.num_images)
             every = job.order.preview_every
             if every and step % every == 0:
