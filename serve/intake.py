@@ -108,11 +108,11 @@ async def read_form(
     """The fields of a multipart body, and the contents of its files by field.
 
     Names of files and what a client says of their kind are ignored. Fields are texts, and read as what they
-    stand for. Raises RequestValidationError, or Refusal.
+    stand for; one that is there several times is a list. Raises RequestValidationError, or Refusal.
     """
     if kind_of(request) != "multipart/form-data":
         raise wrong_kind(request, "multipart/form-data")
-    texts: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
     found: Files = {}
     async with request.form(max_fields=_MOST_FIELDS, max_files=_MOST_FILES) as form:
         for name, value in form.multi_items():
@@ -121,15 +121,14 @@ async def read_form(
             elif isinstance(value, UploadFile) or name in files:
                 what = "a file" if isinstance(value, UploadFile) else "no file"
                 raise Refusal(400, "invalid_form", f"the field {name[:100]!r} is {what}")
-            elif name in texts:
-                raise Refusal(400, "invalid_form", f"the field {name[:100]!r} is there twice")
             else:
-                texts[name] = value
+                texts.setdefault(name, []).append(value)
     for name, contents in found.items():
         if len(contents) > 1 and name not in repeated:
             raise Refusal(400, "invalid_form", f"the field {name[:100]!r} is there {len(contents)} times")
     try:
-        return model.model_validate(texts), found
+        given = {name: values[0] if len(values) == 1 else values for name, values in texts.items()}
+        return model.model_validate(given), found
     except ValidationError as error:
         raise _as_request_error(error) from error
 

@@ -27,13 +27,14 @@ def listen(host: str, port: int) -> socket.socket:
 
     Raises RequestError: no such host, or the port is taken.
     """
+    if not 0 <= port <= 65535:  # the system would take the rest of a division
+        raise RequestError(f"there is no port {port}: choose one from 0 to 65535 with --port")
     try:
         family, _, _, _, address = _addresses(host, port)[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as cause:
-        reason = cause.strerror if isinstance(cause, OSError) else cause
+    except OSError as cause:
         raise RequestError(
-            f"cannot listen on {host} port {port}: {reason}; choose others with --host and --port"
+            f"cannot listen on {host} port {port}: {cause.strerror}; choose others with --host and --port"
         ) from cause
 
 

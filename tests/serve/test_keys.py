@@ -38,7 +38,7 @@ def test_the_walk_finds_them_all() -> None:
     documented = {
         (method.upper(), path) for path, methods in APP.openapi()["paths"].items() for method in methods
     }
-    assert documented <= set(ROUTES)
+    assert documented <= {(method, path.replace(":path", "")) for method, path in ROUTES}
     assert len(documented) >= 16
     assert ("GET", "/openapi.json") in ROUTES
 

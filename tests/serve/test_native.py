@@ -222,7 +222,7 @@ def test_what_cannot_be_is_refused(
         ({"prompt": "x", "image": "AAAA"}, {"mask": MASK}, 400),
         ({"prompt": "x"}, {"picture": GRAY}, 400),
         ({"prompt": "x"}, [("image", GRAY), ("image", GRAY)], 400),
-        ({"prompt": ["x", "y"]}, {"image": GRAY}, 400),
+        ({"prompt": ["x", "y"]}, {"image": GRAY}, 422),
         ({"prompt": "x", "sampling": "{"}, {"image": GRAY}, 422),
         ({"prompt": "x", "num_images": "many"}, {"image": GRAY}, 422),
         ({}, {"image": GRAY}, 422),
