@@ -88,7 +88,8 @@ def _invalid(errors: Sequence[Any]) -> Failure:
     details: list[dict[str, Any]] = [
         {"type": each["type"], "loc": list(each["loc"]), "msg": each["msg"]} for each in errors
     ]
-    first = details[0] if details else {"type": "", "loc": [], "msg": "the request is not valid"}
+    nothing: dict[str, Any] = {"type": "", "loc": [], "msg": "the request is not valid"}
+    first = details[0] if details else nothing
     where = ".".join(str(each) for each in first["loc"] if each not in ("body", "query", "path"))
     if first["type"] == "extra_forbidden":
         return Failure(422, "unknown_parameter", f"Unknown parameter: '{where}'.", where, details=details)

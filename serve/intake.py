@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +21,8 @@ Fields = TypeVar("Fields", bound=BaseModel)
 Files = dict[str, list[bytes]]
 
 _MOST_FIELDS, _MOST_FILES = 64, 16
+_DISCARDED = 4
+"""Times the most that is taken: so much more of a body that is too large is waited for."""
 
 
 class BodyLimit:
@@ -33,8 +36,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._most:
+            if "expect" not in headers:  # who asks before it sends is told before it sends
+                await self._discard(receive, time.monotonic() + self._seconds)
             failure = failure_of(self._too_large())
             note(scope, rejected=failure.code)
             await reply(failure, scope["path"])(scope, receive, send)
@@ -60,10 +66,25 @@ class BodyLimit:
             read += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if read > self._most:
+                if not whole:
+                    await self._discard(receive, due)
                 raise self._too_large()
             return message
 
         return next_message
+
+    async def _discard(self, receive: Receive, due: float) -> None:
+        """Read on for a while, into nothing.
+
+        Most clients read no answer before they have sent everything, and see a broken connection if nobody
+        listens: they would send it again.
+        """
+        read, whole = 0, False
+        with suppress(TimeoutError):
+            while not whole and read < _DISCARDED * self._most:
+                message = await asyncio.wait_for(receive(), max(due - time.monotonic(), 0))
+                read += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
 
     def _too_large(self) -> Refusal:
         return Refusal(
