@@ -32,26 +32,8 @@ def test_figures() -> None:
 
 
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(
-        [
-            "shapes",
-            "--backend",
-            "ort",
-            "--size",
-            "32x32",
-            "--lanes",
-            "2",
-            "--steps",
-            "1",
-            "2",
-            "--loads",
-            "0.5",
-            "--queries",
-            "6",
-            "--results",
-        ]
-        + [str(tmp_path)]
-    )
+    words = "shapes --backend ort --size 32x32 --lanes 2 --steps 1 2 --loads 0.5 --queries 6 --results"
+    main([*words.split(), str(tmp_path)])
     result = json.loads((tmp_path / "serving-shapes.json").read_text())
     assert [run["way"] for run in result["runs"]] == list(WAYS)
     assert all(run["p50"] <= run["p95"] <= run["p99"] for run in result["runs"])
@@ -72,5 +54,5 @@ def test_bad_words(arguments: list[str], message: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["shapes", *arguments])
     assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: .*no-such"):
+    with pytest.raises(SystemExit, match=r"error: .*no-such"):
         main(["no-such"])
