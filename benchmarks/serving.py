@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -190,20 +190,21 @@ def measure(
     seed: int,
     bound: float,
 ) -> dict[str, Any]:
-    """All loads in all ways, and what all at once come to. `bound` in times of a picture alone."""
+    """All loads, the ways taking turns, and what all at once come to. `bound` in times of a picture alone."""
     size = traffic.height, traffic.width
     tell("offline")
     capacity, alone = paint_offline(setting, traffic)
     runs: list[Served] = []
     at_once: dict[str, float] = {}
-    for way in WAYS:
-        with opened_studio(setting, way, size) as studio:
-            for load in loads:
-                tell(f"{way}, {load:g} of capacity")
-                arrivals = poisson_arrivals(load * capacity, len(traffic.steps), seed)
-                latencies, seconds = serve(studio, traffic, arrivals)
-                runs.append(summarise(way, load, load * capacity, latencies, seconds, bound * alone))
-            tell(f"{way}, all at once")
+    with ExitStack() as stack:
+        studios = {way: stack.enter_context(opened_studio(setting, way, size)) for way in WAYS}
+        for load, (way, studio) in itertools.product(loads, studios.items()):
+            tell(f"{load:g} of capacity, {way}")
+            arrivals = poisson_arrivals(load * capacity, len(traffic.steps), seed)
+            latencies, seconds = serve(studio, traffic, arrivals)
+            runs.append(summarise(way, load, load * capacity, latencies, seconds, bound * alone))
+        for way, studio in studios.items():
+            tell(f"all at once, {way}")
             _, seconds = serve(studio, traffic, [0.0] * len(traffic.steps))
             at_once[way] = len(traffic.steps) / seconds
     tell("offline again")
