@@ -28,7 +28,7 @@ PROMPT ?= a red circle above a blue square on a white background
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-LAYERS := bundle export engine runtime $(wildcard serve) cli benchmarks models
+LAYERS := bundle export engine runtime serve cli benchmarks models
 TYPES := build/types
 CHECKPOINT := models/shapes/checkpoint
 
@@ -93,7 +93,7 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) --editable '.[export,openvino,ort,tensorrt-rtx,bench,dev]'
+	$(PIP) --editable '.[export,openvino,ort,tensorrt-rtx,serve,bench,dev]'
 	@touch $@
 
 # mypy does not see an editable install; it sees the namespace as a folder of links to the layers.

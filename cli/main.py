@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "turn a checkpoint into a bundle (needs torch)",
     "build": "compile a bundle for this machine",
     "generate": "paint pictures from a prompt",
+    "serve": "paint over HTTP, for many users at once",
     "bench": "measure speed, and compare two measurements",
     "inspect": "show what is in a bundle or a picture",
     "samplers": "list the samplers",

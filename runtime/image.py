@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -52,6 +53,29 @@ def save_image(image: Image.Image, path: str | Path, parameters: Parameters) -> 
     check_writable(path)
     kind = FORMATS[Path(path).suffix.lower()]
     _write(image, path, **_options(kind, parameters))
+
+
+def encode_image(
+    image: Image.Image,
+    kind: str,
+    parameters: Parameters | None = None,
+    *,
+    quality: int | None = None,
+    compress_level: int | None = None,
+) -> bytes:
+    """A picture as the contents of a file, "PNG", "JPEG" or "WEBP", with its parameters as `save_image`.
+
+    `quality`, from 0 to 100, is for JPEG and WebP, which else lose next to nothing and nothing;
+    `compress_level`, from 0 to 9, for PNG: 1 is several times faster than Pillow's 6.
+    """
+    options = _options(kind, parameters)
+    if quality is not None and kind != "PNG":
+        options |= {"quality": quality, "lossless": False} if kind == "WEBP" else {"quality": max(quality, 1)}
+    if compress_level is not None and kind == "PNG":
+        options["compress_level"] = compress_level
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
 
 
 def save_preview(image: Image.Image, path: str | Path) -> None:
@@ -127,7 +151,13 @@ def _variation(parameters: Parameters) -> dict[str, object]:
     return {"Variation seed": parameters.variation_seed, "Variation seed strength": strength}
 
 
-def _options(kind: str, parameters: Parameters) -> dict[str, Any]:
+def _options(kind: str, parameters: Parameters | None) -> dict[str, Any]:
+    best: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+    }
+    if parameters is None:
+        return best.get(kind, {})
     text, data = describe(parameters), json.dumps(asdict(parameters))
     if kind == "PNG":
         info = PngInfo()
@@ -138,8 +168,7 @@ def _options(kind: str, parameters: Parameters) -> dict[str, Any]:
     exif.get_ifd(_EXIF).update(
         {_USER_COMMENT: _UNICODE + text.encode("utf-16-be"), _MAKER_NOTE: data.encode()}
     )
-    quality = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
-    return {"exif": exif, **quality}
+    return {"exif": exif, **best[kind]}
 
 
 def _read(image: Image.Image) -> tuple[str, str]:

@@ -72,3 +72,7 @@ class Kept:
         """Overwrite what is kept in a sample [B,C,H,W], at its level of noise."""
         kept = np.float32(clean) * self.latents + np.float32(noise) * self.noise
         sample[...] = (1 - self.mask) * kept + self.mask * sample
+
+    def restore(self, sample: Floats, levels: NDArray[np.float32], row: int) -> None:
+        """Put back what is kept after the call of a row of a table with these `levels`."""
+        self.put_back(sample, *(levels[row + 1] if row + 1 < len(levels) else (1.0, 0.0)))

@@ -50,8 +50,7 @@ def denoise(
         denoiser.step(full=is_full(row, interval))
         if kept is not None and table.levels is not None:
             denoiser.pull()
-            level = table.levels[row + 1] if row + 1 < len(table.levels) else (1.0, 0.0)
-            kept.put_back(denoiser.sample, *level)
+            kept.restore(denoiser.sample, table.levels, row)
             denoiser.push()
         if callback is not None:
             denoiser.pull()

@@ -6,16 +6,12 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Self, Unpack
 
-from PIL import Image
-
 from allaprima.bundle import (
-    VERSION,
     BackendError,
     Bundle,
     RequestError,
@@ -24,24 +20,25 @@ from allaprima.bundle import (
 )
 from allaprima.runtime.backends import choose
 from allaprima.runtime.components import Components, weigh_files
-from allaprima.runtime.conventions import conventions_of
 from allaprima.runtime.embeddings import EmbeddingCache
 from allaprima.runtime.families import needed, open_family
 from allaprima.runtime.finite import check_latents
 from allaprima.runtime.footprint import Footprint, parse_bytes
-from allaprima.runtime.latents import Beginning
-from allaprima.runtime.loop import Callback, denoise, guide, reporter, tell
-from allaprima.runtime.memory import trim
+from allaprima.runtime.lanes import Lanes, powers_of_two
+from allaprima.runtime.loop import Callback, denoise, tell
+from allaprima.runtime.memory import HostMemory, trim
+from allaprima.runtime.noise import Draws
 from allaprima.runtime.opener import Opener
+from allaprima.runtime.painter import Painter
+from allaprima.runtime.painting import Painting, Shape, each_alone, plan_table
 from allaprima.runtime.preview import Previewer, check_preview
 from allaprima.runtime.request import Options, Request
-from allaprima.runtime.result import Parameters, Result
+from allaprima.runtime.result import Result
 from allaprima.runtime.safety import COMPONENT as SAFETY
-from allaprima.runtime.safety import blurred
-from allaprima.runtime.samplers import Table, make_table, take_part
+from allaprima.runtime.safety import warn_flagged
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
-from allaprima.runtime.stages import Denoiser, check_table
+from allaprima.runtime.stages import check_table
 from allaprima.runtime.staging import Staging
 
 EMBEDDING_CACHE = 64 << 20
@@ -84,6 +81,7 @@ class Pipeline:
         self._embeddings = EmbeddingCache(embedding_cache)
         sessions = self._components.sessions
         self._family = open_family(bundle, sessions, self._components.open, self._embeddings)
+        self._painter = Painter(bundle, self._stages, backend=backend, precision=self.precision)
         self._busy = threading.Lock()
 
     @classmethod
@@ -199,75 +197,100 @@ class Pipeline:
             ) from cause
 
     def _paint(self, request: Request, callback: Callback | None, preview_every: int | None) -> Result:
-        settings = self._family.settle(request.check(self.bundle.manifest))
-        preview = check_preview(preview_every, self.bundle.manifest, heard=callback is not None)
-        table = self._plan(settings)
+        manifest = self.bundle.manifest
+        settings = self._family.settle(request.check(manifest))
+        preview = check_preview(preview_every, manifest, heard=callback is not None)
+        table = plan_table(manifest, settings)
         marks = [perf_counter()]
-        with self._exclusive():
-            sessions = self._components.sessions
-            if not sessions:
-                raise BackendError("the pipeline is closed: open it again")
+        with self._open() as sessions:
             self._components.begin()
             check_table(table, sessions["denoiser"])
             told = self._family.plan(settings)
             denoiser = self._stages.denoiser(settings, told.length)
             if self._components.limited and settings.output_type != "latent":
                 self._stages.decoder(settings)  # so that it is known before painting if it does not fit
-            manifest = self.bundle.manifest
-            beginning = Beginning(
-                settings,
-                table,
-                manifest.latent,
-                lambda: self._stages.encoder(settings),
-                conventions_of(manifest),
-            )
-            told.draw(beginning.streams, reporter(callback))
-            kept = beginning.write(denoiser)
-            guide(denoiser, settings, conventions_of(manifest).guidance_offset)
-            told.write(denoiser)
+            streams, kept = self._painter.begin(settings, table, told, denoiser, callback)
             tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
             previewer = Previewer(preview, preview_every, kept) if preview and preview_every else None
-            denoise(denoiser, table, beginning.streams, kept, callback, previewer, settings.cache_interval)
+            denoise(denoiser, table, streams, kept, callback, previewer, settings.cache_interval)
             check_latents(denoiser, sessions)
             marks.append(perf_counter())
-            latents = denoiser.sample.copy() if settings.output_type == "latent" else None
-            images, flagged = self._check_safety(
-                self._decode(denoiser, settings, callback) if latents is None else ()
-            )
+            latents, images, flagged = self._painter.end(denoiser, settings, callback)
             marks.append(perf_counter())
             memory = self._components.report()
         stages = ("encode", "denoise", "decode")
         timings = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
         timings["total"] = marks[-1] - marks[0]
-        parameters = tuple(self._describe(settings, table, index) for index in range(settings.num_images))
-        warnings = told.warnings + tuple(
-            f"picture {index + 1} was flagged by the model's safety checker and is blurred"
-            for index, each in enumerate(flagged or ())
-            if each
+        parameters = tuple(
+            self._painter.describe(settings, table, index) for index in range(settings.num_images)
         )
-        return Result(images, parameters, timings, warnings, flagged, latents, memory)
+        return Result(
+            images, parameters, timings, told.warnings + warn_flagged(flagged), flagged, latents, memory
+        )
 
-    def _plan(self, settings: Settings) -> Table:
-        """The rows that the request takes of its sampler's table."""
+    def settle(self, request: Request | Settings) -> tuple[Settings, ...]:
+        """What is to be painted for a request, one picture each, to be given to `prepare`.
+
+        The settings of a request that was checked before have its random seeds. Raises RequestError, also for
+        what cannot be painted a step at a time.
+        """
+        settings = request.check(self.bundle.manifest) if isinstance(request, Request) else request
+        return each_alone(self._family.settle(settings))
+
+    def prepare(self, settings: Settings, *, preview_every: int | None = None) -> Painting:
+        """Do all that comes before the first step of one picture, which is then painted in `lanes`.
+
+        Raises RequestError or BackendError.
+        """
         manifest = self.bundle.manifest
+        preview = check_preview(preview_every, manifest, heard=True)
+        table = plan_table(manifest, settings)
+        started = perf_counter()
+        with self._open() as sessions:
+            check_table(table, sessions["denoiser"])
+            told = self._family.plan(settings)
+            shape = Shape(settings.height, settings.width, settings.branches, told.length)
+            state = self._stages.make_denoiser(shape, 1, bound=False)
+            streams, kept = self._painter.begin(settings, table, told, state, None)
+        return Painting(
+            settings,
+            table,
+            shape,
+            state,
+            Draws(streams),
+            kept,
+            Previewer(preview, preview_every, kept) if preview and preview_every else None,
+            told.warnings,
+            encoding=perf_counter() - started,
+        )
 
-        def make(begin: int) -> Table:
-            return make_table(
-                manifest.scheduler,
-                settings.sampler,
-                settings.num_inference_steps,
-                history=manifest.history,
-                eta=settings.eta,
-                begin=begin,
-                **settings.sampling.arguments(),
-            )
+    def lanes(self, shape: Shape, most: int) -> Lanes:
+        """Where up to `most` pictures of a shape, which were prepared, take their steps together.
 
-        start, end = settings.denoising_start, settings.denoising_end
-        if start is None and end is None:
-            return make(settings.begin)
-        trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
-        return take_part(lambda begin: make(begin + settings.begin), trained, start, end)
+        On a device, where every number of lanes has memory and a graph of its own, there are only powers of
+        two of them, and some may idle.
+        """
+        on_host = isinstance(self._components.sessions["denoiser"].memory, HostMemory)
+        sizes = None if on_host else powers_of_two(most)
+        return Lanes(lambda lanes: self._stages.make_denoiser(shape, lanes), sizes)
+
+    def wait(self) -> None:
+        """Wait until the device has done all that was asked of it. Raises BackendError if it failed."""
+        self._components.sessions["denoiser"].memory.synchronize()
+
+    def finish(self, painting: Painting) -> Result:
+        """The picture of a painting that took its last step and was released. Raises BackendError."""
+        started = perf_counter()
+        with self._open() as sessions:
+            check_latents(painting.state, sessions)
+            latents, images, flagged = self._painter.end(painting.state, painting.settings, None)
+        decoding = perf_counter() - started
+        timings = {"encode": painting.encoding, "denoise": painting.denoising, "decode": decoding}
+        timings["total"] = sum(timings.values())
+        parameters = (self._painter.describe(painting.settings, painting.table, 0),)
+        warnings = painting.warnings + warn_flagged(flagged)
+        return Result(images, parameters, timings, warnings, flagged, latents)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -278,42 +301,10 @@ class Pipeline:
         finally:
             self._busy.release()
 
-    def _decode(
-        self, denoiser: Denoiser, settings: Settings, callback: Callback | None
-    ) -> tuple[Image.Image, ...]:
-        decoder = self._stages.decoder(settings)
-        images = []
-        for lane in range(settings.num_images):
-            images.append(Image.fromarray(decoder.decode(denoiser.lane(lane)).copy()))
-            tell(callback, "decode", len(images), settings.num_images, denoiser)
-        return tuple(images)
-
-    def _check_safety(
-        self, images: tuple[Image.Image, ...]
-    ) -> tuple[tuple[Image.Image, ...], tuple[bool, ...] | None]:
-        """The pictures, flagged ones blurred, and which those are; None where nobody looks."""
-        checker = self._stages.safety() if images else None
-        if checker is None:
-            return images, None
-        flagged = tuple(checker.flags(image) for image in images)
-        shown = (blurred(image) if bad else image for image, bad in zip(images, flagged, strict=True))
-        return tuple(shown), flagged
-
-    def _describe(self, settings: Settings, table: Table, index: int) -> Parameters:
-        known = {field.name for field in fields(Parameters)}
-        given = {name: value for name, value in vars(settings).items() if name in known}
-        chosen = {"sampler": table.sampler, "sampling": settings.sampling.to_json()}
-        return Parameters(
-            **{**given, **_seeds(settings, index), **chosen, **settings.prior.describe()},
-            bundle=self.bundle.manifest.name,
-            backend=self.backend,
-            precision=self.precision,
-            version=VERSION,
-        )
-
-
-def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
-    """What image `index` alone is painted with."""
-    if settings.variation_seed is None:
-        return {"seed": settings.seed + index, "variation_seed": None}
-    return {"seed": settings.seed, "variation_seed": settings.variation_seed + index}
+    @contextmanager
+    def _open(self) -> Iterator[Mapping[str, Session]]:
+        """The sessions, for this thread alone."""
+        with self._exclusive():
+            if not self._components.sessions:
+                raise BackendError("the pipeline is closed: open it again")
+            yield self._components.sessions

@@ -27,12 +27,20 @@ class Previewer:
 
         The denoiser's state must have been pulled.
         """
-        if (row + 1) % self._every:
+        if not self.due(row):
             return ()
+        return self.show(denoiser.sample, denoiser.history[0], table, row)
+
+    def due(self, row: int) -> bool:
+        """Whether there are previews after the call of a row."""
+        return not (row + 1) % self._every
+
+    def show(self, sample: Floats, prediction: Floats, table: Table, row: int) -> tuple[Image.Image, ...]:
+        """One small picture for each sample [B,C,H,W] after the call of a row, which made a prediction."""
         of_sample, of_prediction = table.clean[row]
-        clean = of_prediction * denoiser.history[0]
+        clean = of_prediction * prediction
         if of_sample:
-            clean += of_sample * denoiser.sample
+            clean += of_sample * sample
         if self._kept is not None:
             self._kept.put_back(clean, 1.0, 0.0)
         return tuple(Image.fromarray(each) for each in colours(self._preview, clean))

@@ -73,3 +73,12 @@ def is_flagged(special: NDArray[np.float32], concepts: NDArray[np.float32], sett
 def blurred(image: Image.Image) -> Image.Image:
     """The picture, so far out of focus that only its colours can be told."""
     return image.filter(ImageFilter.GaussianBlur(max(image.size) / 12))
+
+
+def warn_flagged(flagged: tuple[bool, ...] | None) -> tuple[str, ...]:
+    """Sentences on the pictures that were flagged."""
+    return tuple(
+        f"picture {index + 1} was flagged by the model's safety checker and is blurred"
+        for index, each in enumerate(flagged or ())
+        if each
+    )

@@ -150,12 +150,14 @@ class Denoiser:
         history: int,
         length: int,
         shallow: Session | None = None,
+        bound: bool = True,
     ) -> None:
         """Allocate for `sample` [B,C,H,W], G `branches`, S `history` slots, L = `length` tokens per prompt.
 
         All lanes are idle at first. `shallow` takes the steps that are not full, with deep features that
-        `session` hands out. Raises BundleError if the session's graph is of an older version, or
-        BackendError if it has other shapes.
+        `session` hands out. If it is not `bound` it only holds what others `take` from it, and cannot step.
+        Raises BundleError if the session's graph is of an older version, or BackendError if it has other
+        shapes.
         """
         width = session.inputs["update"].shape[-1]
         if width != 4 + history:
@@ -191,9 +193,11 @@ class Denoiser:
         self.guidance_rescale: Floats | None = (
             self._row.tensors[RESCALE].array if RESCALE in session.inputs else None
         )
+        self._history = history
+        self._branched = {name for name in conditions if session.inputs[name].shape[0] == "G*B"}
         self.conditions: Mapping[str, Tensor] = {
             name: tensor.reshape(branches, lanes, *tensor.array.shape[1:])
-            if session.inputs[name].shape[0] == "G*B"
+            if name in self._branched
             else tensor
             for name, tensor in self._conditions.tensors.items()
         }
@@ -203,7 +207,8 @@ class Denoiser:
             features = session.outputs[FEATURES].resolve(extents)
             self._features = memory.allocate({FEATURES: (features, np.float32)})
             tensors |= self._features.tensors
-        self._bindings = self._bind(session, tensors)
+        self._memory = memory
+        self._bindings = self._bind(session, tensors) if bound else ()
         self._shallow = None if shallow is None else self._bind(shallow, tensors)
         self._source = 0
         self.write(idle_row(history), 0)
@@ -270,6 +275,31 @@ class Denoiser:
             if name in tensors:
                 values = getattr(table, name)
                 tensors[name].array[lanes] = neutral if values is None else values[row]
+
+    def rest(self, lane: int) -> None:
+        """Make a lane idle. Its sample and history must be finite, as they are if it was never used."""
+        self.write(idle_row(self._history), 0, lane)
+
+    def take(self, lane: int, other: Denoiser, index: int) -> None:
+        """Make a lane what lane `index` of another denoiser is, but for the coefficients of its next step.
+
+        Both must be of the same session and, but for B, of the same shape. In order with the work of their
+        memory, which is not waited for.
+        """
+        mine, theirs = self._states[self._source].tensors, other._states[other._source].tensors
+        self._memory.copy(mine["sample"][lane], theirs["sample"][index])
+        for slot in range(self._history):
+            self._memory.copy(mine["history"][slot, lane], theirs["history"][slot, index])
+        for name, condition in self.conditions.items():
+            given = other.conditions[name]
+            if name not in self._branched:
+                self._memory.copy(condition[lane], given[index])
+                continue
+            for branch in range(self.guidance.shape[0]):
+                self._memory.copy(condition[branch, lane], given[branch, index])
+        self.guidance[:, lane] = other.guidance[:, index]
+        if self.guidance_rescale is not None and other.guidance_rescale is not None:
+            self.guidance_rescale[lane] = other.guidance_rescale[index]
 
     def step(self, *, full: bool = True) -> None:
         """Take one step in all lanes; one that is not `full` takes the deep features of the last that was.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from allaprima.bundle import Bundle
 from allaprima.runtime.components import Components
+from allaprima.runtime.painting import Shape
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker
 from allaprima.runtime.settings import Settings
@@ -33,24 +34,29 @@ class Staging:
         The graphs of a cached step are opened when they are first needed. Raises BackendError or
         RequestError.
         """
-        manifest = self._bundle.manifest
-        latent = manifest.latent
-        height, width = settings.height // latent.downscale, settings.width // latent.downscale
-        shape = (settings.num_images, latent.channels, height, width)
         cached = settings.cache_interval > 1
-        key = (shape, settings.branches, length, cached)
+        shape = Shape(settings.height, settings.width, settings.branches, length)
+        key = (shape, settings.num_images, cached)
         if self._denoiser is None or self._denoiser[0] != key:
             self._denoiser = None  # first, so that the old and the new buffers never exist together
-            denoiser = Denoiser(
-                self._components.open(DEEP if cached else DENOISER),
-                shape,
-                branches=settings.branches,
-                history=manifest.history,
-                length=length,
-                shallow=self._components.open(SHALLOW) if cached else None,
-            )
-            self._denoiser = key, denoiser
+            self._denoiser = key, self.make_denoiser(shape, settings.num_images, cached=cached)
         return self._denoiser[1]
+
+    def make_denoiser(
+        self, shape: Shape, lanes: int, *, cached: bool = False, bound: bool = True
+    ) -> Denoiser:
+        """A denoiser that is not kept; see Denoiser for `bound`. Raises BackendError or RequestError."""
+        latent = self._bundle.manifest.latent
+        height, width = shape.height // latent.downscale, shape.width // latent.downscale
+        return Denoiser(
+            self._components.open(DEEP if cached else DENOISER),
+            (lanes, latent.channels, height, width),
+            branches=shape.branches,
+            history=self._bundle.manifest.history,
+            length=shape.length,
+            shallow=self._components.open(SHALLOW) if cached else None,
+            bound=bound,
+        )
 
     def encoder(self, settings: Settings) -> Encoder:
         """The image encoder of the request's size; the graph is opened when it is first needed.

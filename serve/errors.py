@@ -5,15 +5,15 @@ from __future__ import annotations
 from allaprima.bundle import AllaprimaError, RequestError
 
 
-class UnknownModel(RequestError):
+class UnknownModelError(RequestError):
     """There is no model of that name here."""
 
 
-class OverLimit(RequestError):
+class OverLimitError(RequestError):
     """The request asks for more than the server allows."""
 
 
-class Busy(AllaprimaError):
+class BusyError(AllaprimaError):
     """The queue is full; `retry_after` is in seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
@@ -21,13 +21,13 @@ class Busy(AllaprimaError):
         self.retry_after = retry_after
 
 
-class Draining(AllaprimaError):
+class DrainingError(AllaprimaError):
     """The server is about to stop and takes nothing new, or stopped before a job was done."""
 
 
-class Cancelled(AllaprimaError):
+class CancelledError(AllaprimaError):
     """The job was cancelled."""
 
 
-class DeadlineExceeded(AllaprimaError):
+class DeadlineError(AllaprimaError):
     """The job was not done in the time that its sender gave it."""

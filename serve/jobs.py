@@ -13,8 +13,8 @@ from typing import Literal
 
 from PIL.Image import Image
 
-from allaprima.runtime import Request, Result
-from allaprima.serve.errors import Cancelled
+from allaprima.runtime import Request, Result, Settings
+from allaprima.serve.errors import CancelledError
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
@@ -26,12 +26,14 @@ class Order:
 
     `model` None is the server's first. Previews come after every `preview_every` calls of the model; None is
     never. `deadline` in seconds from now: a job that is not done by then is stopped; None is the server's.
+    `owner` is whose it is, a name without meaning: nobody else is told of it. None is everybody's.
     """
 
     request: Request
     model: str | None = None
     preview_every: int | None = None
     deadline: float | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ Listener = Callable[[Event], None]
 
 @dataclass(eq=False)
 class Job:
-    """One order on its way. Every method may be called from any thread.
+    """One order on its way, with everything in `settings` resolved. Any method may be called from any thread.
 
     `result` is there when the state is "done", `failure` when it is "failed" or "cancelled".
     """
 
     order: Order
     model: str
+    settings: Settings
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     result: Result | None = None
     failure: Exception | None = None
@@ -97,7 +100,7 @@ class Job:
         self._listeners: list[Listener] = []
         self._cancelled = threading.Event()
         self._wake: Callable[[], None] = lambda: None
-        self._status = Status(self.id, self.model, "queued", self.order.request.num_images, created=time.time())
+        self._status = Status(self.id, self.model, "queued", self.settings.num_images, created=time.time())
 
     @property
     def status(self) -> Status:
@@ -135,7 +138,7 @@ class Job:
             self._forget(put)
 
     async def wait(self) -> Result:
-        """The result. Raises what the job failed with: an AllaprimaError, Cancelled among them."""
+        """The result. Raises what the job failed with: an AllaprimaError, CancelledError among them."""
         async for _ in self.events():
             pass
         if self.failure is not None:
@@ -175,12 +178,10 @@ class Job:
             error = None
             if isinstance(outcome, Exception):
                 self.failure, error = outcome, str(outcome)
-                state = "cancelled" if isinstance(outcome, Cancelled) else "failed"
+                state = "cancelled" if isinstance(outcome, CancelledError) else "failed"
             else:
                 self.result = outcome
-            self._status = replace(
-                self._status, state=state, error=error, position=None, ended=time.time()
-            )
+            self._status = replace(self._status, state=state, error=error, position=None, ended=time.time())
             event, listeners = Event("ended", self._status), tuple(self._listeners)
             self._listeners.clear()
         for listener in listeners:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from allaprima.runtime import Settings
+from allaprima.serve.errors import OverLimitError
+
 
 @dataclass(frozen=True)
 class Limits:
-    """`pixels` of one picture, `work` is pictures x steps x pixels, bytes of texts and uploads in UTF-8.
+    """`pixels` of one picture, `work` is pictures x steps x pixels, `prompt_bytes` those of one text in
+    UTF-8. `upload_bytes` bounds the body of an HTTP request, `upload_pixels` each picture in it.
 
     `queue` bounds the pictures that wait, `deadline` and `most_deadline` are the seconds that a job has if
     its sender says nothing, and at most. `kept` jobs that ended can be asked for, for `kept_seconds`.
@@ -19,8 +23,26 @@ class Limits:
     work: int = 8 * 50 * 1024 * 1024
     prompt_bytes: int = 16 << 10
     upload_bytes: int = 20 << 20
+    upload_pixels: int = 1 << 24
     queue: int = 64
     deadline: float = 600.0
     most_deadline: float = 3600.0
     kept: int = 64
     kept_seconds: float = 900.0
+
+
+def check_limits(limits: Limits, settings: Settings) -> None:
+    """Raises OverLimitError naming the value and what is allowed."""
+    pixels = settings.height * settings.width
+    steps = settings.num_inference_steps + (settings.prior_num_inference_steps or 0)
+    texts = (settings.prompt, settings.negative_prompt, settings.prompt_2, settings.negative_prompt_2)
+    longest = max(len((text or "").encode(errors="replace")) for text in texts)
+    for name, value, most in (
+        ("num_images", settings.num_images, limits.images),
+        ("num_inference_steps", steps, limits.steps),
+        ("height x width", pixels, limits.pixels),
+        ("a prompt's bytes", longest, limits.prompt_bytes),
+        ("pictures x steps x pixels", settings.num_images * steps * pixels, limits.work),
+    ):
+        if value > most:
+            raise OverLimitError(f"{name} is {value}, more than this server allows: ask for at most {most}")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allaprima.bundle import Manifest
+from allaprima.bundle import AllaprimaError, Manifest
+from allaprima.serve.desk import Desk
+from allaprima.serve.errors import DrainingError
 from allaprima.serve.jobs import Job, Order
 from allaprima.serve.limits import Limits
+from allaprima.serve.shelf import Opens, Shelf, Shelved
+from allaprima.serve.watch import NOBODY, Watch
+from allaprima.serve.workshop import Workshop
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy a studio is: jobs that wait and run, lanes that are busy (by model and size)."""
+    """How busy a studio is: jobs that wait and run, and busy lanes by model, height and width."""
 
     queued: int
     running: int
@@ -35,50 +43,114 @@ class Studio:
     def __init__(
         self,
         bundles: Sequence[str | Path],
+        opens: Opens,
         *,
-        limits: Limits = Limits(),
-        backend: str = "auto",
-        precision: str | None = None,
-        threads: int | None = None,
+        limits: Limits = LIMITS,
         memory_limit: int | None = None,
-        warm: Sequence[tuple[int, int]] = (),
+        lanes: int | None = None,
+        warm: Sequence[tuple[int, int]] | None = None,
+        watch: Watch = NOBODY,
     ) -> None:
-        """Open the manifests of bundles; the first is the default model. Raises BundleError."""
+        """Open the manifests of bundles, of which the first is the default model.
+
+        `opens` opens a pipeline within a memory limit; `memory_limit` in bytes is for all models together.
+        `lanes` is how many pictures of one size are painted together; None measures it for the sizes (height,
+        width) in `warm`, of the default model, before it is ready. None for these is the model's own size.
+        Raises BundleError.
+        """
+        self._shelf = Shelf(bundles, opens, memory_limit)
+        self._desk = Desk(limits)
+        defaults = self._shelf.find(None).bundle.manifest.defaults
+        sizes = ((defaults.height, defaults.width),) if warm is None else tuple(warm)
+        self._workshop = Workshop(self._shelf, self._desk, watch, lanes=lanes, warm=sizes)
+        self._limits = limits
+        self._thread = threading.Thread(target=self._work, name="allaprima-studio", daemon=True)
+        self._ready = threading.Event()
+        self._failure: Exception | None = None
 
     def start(self) -> None:
-        """Begin to load, warm up and paint. `ready` is true from then on when that is done."""
+        """Begin to load, warm up and paint; `ready` is true when that is done."""
+        self._thread.start()
 
     @property
     def ready(self) -> bool:
-        """Whether it is warmed up, and not draining."""
+        """Whether it is warmed up, can paint and is not draining."""
+        return self._ready.is_set() and self._failure is None and not self._desk.draining
 
     @property
     def failure(self) -> Exception | None:
         """Why it can no longer paint; None if it can."""
+        return self._failure
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until it is warmed up or has failed; whether it is ready."""
+        self._ready.wait(timeout)
+        return self.ready
 
     def models(self) -> tuple[Model, ...]:
         """The default one first."""
+        return tuple(_shown(each) for each in self._shelf.models)
 
     def model(self, name: str | None) -> Model:
-        """By name, None is the default. Raises UnknownModel."""
+        """By name, None is the default. Raises UnknownModelError."""
+        return _shown(self._shelf.find(name))
+
+    @property
+    def limits(self) -> Limits:
+        """What may be asked for."""
+        return self._limits
 
     def submit(self, order: Order) -> Job:
         """Check an order and put it in the queue.
 
-        Raises RequestError (OverLimit and UnknownModel are of that kind), Busy, or Draining.
+        Raises RequestError (OverLimitError and UnknownModelError are of that kind), BusyError, or
+        DrainingError.
         """
+        model = self._shelf.find(order.model)
+        if self._failure is not None:
+            raise DrainingError("the server can no longer paint: see its log, and start it again")
+        return self._desk.accept(order, model.name, model.bundle.manifest)
 
     def job(self, id: str) -> Job | None:
         """A job that waits, runs, or ended not long ago."""
+        return self._desk.find(id)
 
     def jobs(self) -> tuple[Job, ...]:
         """Those that wait or run, the oldest first."""
+        return self._desk.open_jobs()
 
     def load(self) -> Load:
         """How busy it is."""
+        states = [job.status.state for job in self._desk.open_jobs()]
+        return Load(states.count("queued"), states.count("running"), self._workshop.lanes_taken())
 
     def drain(self) -> None:
-        """Take nothing new and fail what waits with Draining; what runs is finished."""
+        """Take nothing new and fail what waits with DrainingError; what runs is finished."""
+        self._desk.drain()
 
     def close(self, timeout: float | None = None) -> None:
-        """Drain, wait up to `timeout` seconds for what runs, then stop the thread and let go of models."""
+        """Drain, wait up to `timeout` seconds for what runs, then stop and let go of the models."""
+        self.drain()
+        self._desk.stop(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        self._desk.fail_all(DrainingError("the server stopped before the picture was done: send it again"))
+
+    def _work(self) -> None:
+        try:
+            self._workshop.warm_up()
+            self._ready.set()
+            worked = True
+            while self._desk.go_on(worked):
+                worked = self._workshop.turn()
+        except Exception as error:
+            self._failure = error
+            reason = error if isinstance(error, AllaprimaError) else DrainingError("the server failed")
+            self._desk.fail_all(reason)
+        finally:
+            self._ready.set()
+            self._shelf.close()
+
+
+def _shown(model: Shelved) -> Model:
+    return Model(model.name, model.bundle.manifest, model.pipeline is not None)

@@ -41,7 +41,8 @@ LAYERS = {
     "engine": Layer(("bundle", "runtime"), ("filelock", "numpy")),
     "runtime": Layer(("bundle",), ("numpy", "PIL", "tokenizers")),
     "serve": Layer(
-        ("bundle", "runtime"), ("fastapi", "numpy", "PIL", "pydantic", "ray", "starlette", "uvicorn")
+        ("bundle", "runtime"),
+        ("anyio", "fastapi", "numpy", "PIL", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"),
     ),
     "cli": Layer(ALL, ("rich",)),
     "benchmarks": Layer(ALL, None),
@@ -165,6 +166,9 @@ def test_imports(path: Path) -> None:
         ("cli/a.py", "from allaprima.runtime import Pipeline", "inside a function"),
         ("cli/a.py", "from rich.table import Table", "inside a function"),
         ("cli/a.py", "import numpy", "cli may not import it"),
+        ("serve/a.py", "from allaprima.engine import Engine", "serve may not import engine"),
+        ("serve/a.py", "import torch", "serve may not import it"),
+        ("runtime/a.py", "from allaprima.serve import app", "runtime may not import serve"),
         ("export/a.py", "import runtime", "import allaprima.runtime"),
         ("tests/a.py", "from bundle.errors import BundleError", "import allaprima.bundle.errors"),
         ("cli/a.py", "from . import main", "relative imports are banned"),

@@ -41,7 +41,7 @@ def test_pins_agree_with_the_extras() -> None:
         assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} excludes its own pin"
 
 
-INSTALLED = ("export", "openvino", "ort", "tensorrt-rtx", "bench", "dev")
+INSTALLED = ("export", "openvino", "ort", "tensorrt-rtx", "serve", "bench", "dev")
 """The extras that the Makefile installs."""
 
 

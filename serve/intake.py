@@ -1,0 +1,171 @@
+"""Bodies of requests: how large they may be, how long they may take, and what is in them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers, UploadFile
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from allaprima.serve.failures import Refusal, failure_of, reply
+from allaprima.serve.notes import note
+
+Fields = TypeVar("Fields", bound=BaseModel)
+Files = dict[str, list[bytes]]
+
+_MOST_FIELDS, _MOST_FILES = 64, 16
+
+
+class BodyLimit:
+    """Bounds what is read of a request, in bytes and in seconds."""
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+        self.app, self._most, self._seconds = app, most, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._most:
+            failure = failure_of(self._too_large())
+            note(scope, rejected=failure.code)
+            await reply(failure, scope["path"])(scope, receive, send)
+            return
+        await self.app(scope, self._bounded(receive), send)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        read, whole, due = 0, False, time.monotonic() + self._seconds
+
+        async def next_message() -> Message:
+            nonlocal read, whole
+            if whole:  # what comes now is only that the client leaves
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(due - time.monotonic(), 0))
+            except TimeoutError:
+                raise Refusal(
+                    408,
+                    "too_slow",
+                    f"the body was not here within {self._seconds:g} seconds",
+                    {"connection": "close"},
+                ) from None
+            read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if read > self._most:
+                raise self._too_large()
+            return message
+
+        return next_message
+
+    def _too_large(self) -> Refusal:
+        return Refusal(
+            413,
+            "body_too_large",
+            f"the body is too large: at most {self._most} bytes are taken",
+            {"connection": "close"},
+        )
+
+
+def kind_of(request: Request) -> str:
+    """The media type of a body, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def wrong_kind(request: Request, *wanted: str) -> Refusal:
+    """What to raise for a body of another media type."""
+    given = kind_of(request) or "missing"
+    return Refusal(
+        415,
+        "unsupported_media_type",
+        f"the content type is {given[:100]!r}: it should be {' or '.join(wanted)}",
+    )
+
+
+async def read_json(request: Request, model: type[Fields]) -> Fields:
+    """The fields of a JSON body.
+
+    Types are taken as they are: "7" is no number. Raises RequestValidationError, or Refusal for another kind.
+    """
+    if kind_of(request) != "application/json":
+        raise wrong_kind(request, "application/json")
+    try:
+        return model.model_validate_json(await request.body(), strict=True)
+    except ValidationError as error:
+        raise _as_request_error(error) from error
+
+
+async def read_form(
+    request: Request, model: type[Fields], files: Sequence[str], *, repeated: Sequence[str] = ()
+) -> tuple[Fields, Files]:
+    """The fields of a multipart body, and the contents of its files by field.
+
+    Names of files and what a client says of their kind are ignored. Fields are texts, and read as what they
+    stand for. Raises RequestValidationError, or Refusal.
+    """
+    if kind_of(request) != "multipart/form-data":
+        raise wrong_kind(request, "multipart/form-data")
+    texts: dict[str, Any] = {}
+    found: Files = {}
+    async with request.form(max_fields=_MOST_FIELDS, max_files=_MOST_FILES) as form:
+        for name, value in form.multi_items():
+            if name in files and isinstance(value, UploadFile):
+                found.setdefault(name, []).append(await value.read())
+            elif isinstance(value, UploadFile) or name in files:
+                what = "a file" if isinstance(value, UploadFile) else "no file"
+                raise Refusal(400, "invalid_form", f"the field {name[:100]!r} is {what}")
+            elif name in texts:
+                raise Refusal(400, "invalid_form", f"the field {name[:100]!r} is there twice")
+            else:
+                texts[name] = value
+    for name, contents in found.items():
+        if len(contents) > 1 and name not in repeated:
+            raise Refusal(400, "invalid_form", f"the field {name[:100]!r} is there {len(contents)} times")
+    try:
+        return model.model_validate(texts), found
+    except ValidationError as error:
+        raise _as_request_error(error) from error
+
+
+def _as_request_error(error: ValidationError) -> RequestValidationError:
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in details])
+
+
+def body_schema(
+    plain: type[BaseModel] | None = None,
+    *,
+    multipart: type[BaseModel] | None = None,
+    files: Sequence[str] = (),
+) -> dict[str, Any]:
+    """For OpenAPI: a body of JSON, of multipart fields with files, or either."""
+    content: dict[str, Any] = {}
+    if plain is not None:
+        content["application/json"] = {"schema": _flat(plain.model_json_schema())}
+    if multipart is not None:
+        schema = _flat(multipart.model_json_schema())
+        schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
+        content["multipart/form-data"] = {"schema": schema}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _flat(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with its definitions in place of the references to them."""
+    known = schema.pop("$defs", {})
+
+    def put(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return put(known[value["$ref"].rpartition("/")[2]])
+            return {name: put(each) for name, each in value.items()}
+        return [put(each) for each in value] if isinstance(value, list) else value
+
+    flat: dict[str, Any] = put(schema)
+    return flat

@@ -1,0 +1,250 @@
+"""The workshop: what the one thread that owns the device does, a turn at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from allaprima.bundle import AllaprimaError, BackendError
+from allaprima.runtime import Pipeline, Result, Settings
+from allaprima.runtime.painting import Painting
+from allaprima.runtime.safety import warn_flagged
+from allaprima.serve.calibration import measure_lanes, scaled
+from allaprima.serve.desk import Desk
+from allaprima.serve.groups import Group, Groups, Size
+from allaprima.serve.jobs import ENDED, Job
+from allaprima.serve.shelf import Shelf, Shelved
+from allaprima.serve.watch import Watch
+
+MOST_LANES = 16
+"""More were never worth it where it was measured."""
+MOST_GROUPS = 8
+"""Sizes (and kinds of guidance) that are painted by turns; others wait until one of them is done."""
+
+
+@dataclass(eq=False)
+class Begun:
+    """A job of which pictures are being painted: what still waits, what is painted, and what is done."""
+
+    job: Job
+    model: Shelved
+    waiting: deque[tuple[int, Settings]]
+    paintings: dict[Painting, tuple[int, Group | None]] = field(default_factory=dict)
+    done: dict[int, tuple[Painting, Result]] = field(default_factory=dict)
+
+
+class Workshop:
+    """Prepares, steps and decodes. For one thread alone, but for `lanes_taken`."""
+
+    def __init__(
+        self, shelf: Shelf, desk: Desk, watch: Watch, *, lanes: int | None, warm: Sequence[tuple[int, int]]
+    ) -> None:
+        """See Studio for `lanes` and `warm`."""
+        self._shelf, self._desk, self._watch = shelf, desk, watch
+        self._fixed, self._warm = lanes, tuple(warm)
+        self._measured: dict[str, dict[tuple[int, int], int]] = {}
+        self._groups = Groups()
+        self._begun: dict[Job, Begun] = {}
+        self._finished: deque[tuple[Begun, Painting]] = deque()
+        self._allowance = 0.0  # seconds of the last step, which others may take between two
+        shelf.before_unload = self._groups.drop
+
+    def warm_up(self) -> None:
+        """Load the default model and find its numbers of lanes. Raises AllaprimaError."""
+        self._load(self._shelf.find(None))
+
+    def lanes_taken(self) -> dict[Size, int]:
+        """Pictures that are being painted, by model and size."""
+        sizes = [group.size for group in self._groups.busy]
+        return {size: self._groups.lanes_taken(size) for size in sizes}
+
+    def turn(self) -> bool:
+        """End what was cancelled, decode, prepare, and take one step; whether there was anything to do."""
+        self._sweep()
+        decoded = self._within_allowance(self._decode_one)
+        prepared = self._within_allowance(self._prepare_one)
+        return self._step() or decoded or prepared
+
+    def _within_allowance(self, work: Callable[[], bool]) -> bool:
+        """Do it at least once, and again while it takes no longer than a step; whether it did anything."""
+        until = perf_counter() + self._allowance
+        did = False
+        while work():
+            did = True
+            if perf_counter() >= until:
+                break
+        return did
+
+    def _sweep(self) -> None:
+        for job, reason in self._desk.interrupted():
+            self._end(job, reason)
+        for job in [each for each in self._begun if each.status.state in ENDED]:
+            self._discard(job)
+
+    def _prepare_one(self) -> bool:
+        """Prepare the oldest picture for which there is a lane; False if there is none."""
+        for begun in list(self._begun.values()):
+            if begun.waiting and self._room(begun.model, begun.waiting[0][1]):
+                return self._prepare(begun)
+        for job in self._desk.queue:
+            model = self._shelf.find(job.model)
+            if self._full(model, job.settings):
+                return False  # those behind it would keep it waiting for ever
+            if self._room(model, job.settings):
+                return self._begin(job, model)
+        return False
+
+    def _begin(self, job: Job, model: Shelved) -> bool:
+        """Prepare the first picture of a job that waits; False if its model cannot be loaded yet."""
+        try:
+            pipeline = self._load(model)
+            if pipeline is None:
+                return False
+            settings = pipeline.settle(job.settings)
+        except AllaprimaError as error:
+            self._end(job, error)
+            return True
+        if not self._desk.begin(job):
+            return True
+        begun = self._begun[job] = Begun(job, model, deque(enumerate(settings)))
+        return self._prepare(begun)
+
+    def _prepare(self, begun: Begun) -> bool:
+        index, settings = begun.waiting.popleft()
+        pipeline, started = self._pipeline(begun.model), perf_counter()
+        size = begun.model.name, settings.height, settings.width
+        try:
+            painting = pipeline.prepare(settings, preview_every=begun.job.order.preview_every)
+            group = self._groups.enter(
+                begun.model.name, painting, lambda: pipeline.lanes(painting.shape, self._most(*size))
+            )
+        except AllaprimaError as error:
+            self._end(begun.job, error)
+            return True
+        begun.paintings[painting] = index, group
+        seconds = perf_counter() - started
+        group.spent += seconds
+        self._watch.staged(begun.model.name, "encode", seconds)
+        begun.job.update(steps=painting.rows * begun.job.settings.num_images)
+        return True
+
+    def _step(self) -> bool:
+        group = self._groups.next()
+        if group is None:
+            return False
+        present, started = group.lanes.paintings, perf_counter()
+        owners = {painting: begun for begun in self._begun.values() for painting in begun.paintings}
+        try:
+            previews = group.lanes.step()
+            self._pipeline(self._shelf.find(group.model)).wait()
+        except (BackendError, MemoryError) as error:
+            reason = error if isinstance(error, BackendError) else BackendError("there is not enough memory")
+            for job in {owners[painting].job for painting in present}:
+                self._end(job, reason)
+            return True
+        seconds = perf_counter() - started
+        group.spent += seconds
+        self._allowance = seconds
+        self._watch.stepped(*group.size, len(present), seconds)
+        for painting, image in previews:
+            begun = owners[painting]
+            begun.job.show(image, begun.paintings[painting][0])
+        for begun in dict.fromkeys(owners[painting] for painting in present):
+            self._progress(begun)
+        for painting in present:
+            if painting.done:
+                begun = owners[painting]
+                self._groups.leave(group, painting)
+                begun.paintings[painting] = begun.paintings[painting][0], None
+                self._finished.append((begun, painting))
+        return True
+
+    def _decode_one(self) -> bool:
+        if not self._finished:
+            return False
+        begun, painting = self._finished.popleft()
+        index, _ = begun.paintings.pop(painting)
+        started = perf_counter()
+        try:
+            result = self._pipeline(begun.model).finish(painting)
+        except (BackendError, MemoryError) as error:
+            reason = error if isinstance(error, BackendError) else BackendError("there is not enough memory")
+            self._end(begun.job, reason)
+            return True
+        self._watch.staged(begun.model.name, "decode", perf_counter() - started)
+        self._desk.painted(result.timings["total"])
+        begun.done[index] = painting, result
+        if len(begun.done) == begun.job.settings.num_images:
+            self._end(begun.job, _together(begun))
+        return True
+
+    def _progress(self, begun: Begun) -> None:
+        rows = sum(painting.row for painting in begun.paintings)
+        begun.job.update(step=rows + sum(painting.rows for painting, _ in begun.done.values()))
+
+    def _end(self, job: Job, outcome: Result | Exception) -> None:
+        self._discard(job)
+        self._desk.end(job, outcome)
+        self._watch.ended(job)
+
+    def _discard(self, job: Job) -> None:
+        """Free the lanes of a job."""
+        begun = self._begun.pop(job, None)
+        if begun is None:
+            return
+        for painting, (_, group) in begun.paintings.items():
+            if group is not None:
+                self._groups.leave(group, painting)
+        self._finished = deque(each for each in self._finished if each[0] is not begun)
+
+    def _room(self, model: Shelved, settings: Settings) -> bool:
+        """Whether a picture can be painted with others of its size; one can before its model is measured."""
+        size = model.name, settings.height, settings.width
+        return self._groups.lanes_taken(size) < self._most(*size)
+
+    def _full(self, model: Shelved, settings: Settings) -> bool:
+        """Whether a picture's size must wait for another one to be done."""
+        size = model.name, settings.height, settings.width
+        return len(self._groups.busy) >= MOST_GROUPS and not self._groups.lanes_taken(size)
+
+    def _most(self, model: str, height: int, width: int) -> int:
+        return self._fixed or scaled(self._measured.get(model, {}), height, width)
+
+    def _load(self, model: Shelved) -> Pipeline | None:
+        """A model's pipeline, measured when it is loaded for the first time; see Shelf.load."""
+        painted = {begun.model.name for begun in self._begun.values()}
+        pipeline = self._shelf.load(model, lambda other: other.name not in painted)
+        if pipeline is not None and model.name not in self._measured:
+            self._measured[model.name] = dict(self._measure(model, pipeline))
+        return pipeline
+
+    def _measure(self, model: Shelved, pipeline: Pipeline) -> Iterator[tuple[tuple[int, int], int]]:
+        defaults = model.bundle.manifest.defaults
+        of_default = model is self._shelf.find(None)
+        for height, width in self._warm if of_default else ((defaults.height, defaults.width),):
+            most = MOST_LANES if self._fixed is None else 1
+            yield (height, width), measure_lanes(pipeline, height, width, most)
+
+    @staticmethod
+    def _pipeline(model: Shelved) -> Pipeline:
+        assert model.pipeline is not None  # it is not unloaded while one of its pictures is painted
+        return model.pipeline
+
+
+def _together(begun: Begun) -> Result:
+    """The pictures of a job, in order; the timings are the sums of theirs."""
+    parts = [begun.done[index] for index in sorted(begun.done)]
+    results = [result for _, result in parts]
+    flagged = None
+    if all(result.flagged is not None for result in results):
+        flagged = tuple(flag for result in results for flag in result.flagged or ())
+    warnings = dict.fromkeys(warning for painting, _ in parts for warning in painting.warnings)
+    return Result(
+        tuple(image for result in results for image in result.images),
+        tuple(each for result in results for each in result.parameters),
+        {stage: sum(result.timings[stage] for result in results) for stage in results[0].timings},
+        (*warnings, *warn_flagged(flagged)),
+        flagged,
+    )
