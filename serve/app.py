@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from allaprima.bundle import VERSION, AllaprimaError
 from allaprima.serve import health, native, openai
+from allaprima.serve.a1111 import WebUI
 from allaprima.serve.context import Context
 from allaprima.serve.door import Door
 from allaprima.serve.encoding import Workers
@@ -25,6 +26,7 @@ from allaprima.serve.intake import BodyLimit
 from allaprima.serve.keys import Guard, check_keys
 from allaprima.serve.metrics import Metrics
 from allaprima.serve.notes import note
+from allaprima.serve.page_routes import page_router
 from allaprima.serve.settings import ServerSettings
 from allaprima.serve.studio import Studio
 
@@ -66,7 +68,7 @@ def create_app(
     app.state.context = context
     for kind in (AllaprimaError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
-    for router in (health.router, openai.router, native.router):
+    for router in (page_router(), health.router, openai.router, native.router, WebUI().router()):
         app.include_router(router)
     return app
 
