@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allaprima.bundle import RequestError
 from allaprima.cli.output import parse_size, print_warnings
 
 if TYPE_CHECKING:
+    from allaprima.runtime import Pipeline
     from allaprima.serve.limits import Limits
     from allaprima.serve.settings import ServerSettings
 
@@ -21,8 +24,8 @@ _PACKAGES = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "st
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.description = (
-        "Serves pictures over HTTP: to clients of OpenAI's Images API, and by jobs of its own. The log goes to "
-        "stderr, as JSON. SIGTERM lets it finish what it paints."
+        "Serves pictures over HTTP: to clients of OpenAI's Images API, and by jobs of its own. The log goes "
+        "to stderr, as JSON. SIGTERM lets it finish what it paints."
     )
     parser.add_argument(
         "bundles",
@@ -73,8 +76,13 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         "--warm",
         metavar="WxH,...",
         type=_parse_sizes,
-        default=(),
-        help="sizes to be ready for before the first request, as 512x512,768x512",
+        help="sizes to be ready for before the first request, as 512x512,768x512 (the model's own)",
+    )
+    add(
+        "--lanes",
+        metavar="N",
+        type=_parse_count,
+        help="pictures of one size that are painted together (default: measured)",
     )
 
 
@@ -121,11 +129,10 @@ def run(options: argparse.Namespace) -> None:
     metrics, memory = Metrics(), options.memory_limit
     studio = Studio(
         options.bundles or ["shapes"],
+        partial(_open, options),
         limits=settings.limits,
-        backend=options.backend,
-        precision=options.precision,
-        threads=options.threads,
         memory_limit=None if memory is None else parse_bytes("memory_limit", memory),
+        lanes=options.lanes,
         warm=options.warm,
         watch=metrics,
     )
@@ -135,8 +142,21 @@ def run(options: argparse.Namespace) -> None:
         serve(app, listener, drain_seconds=options.drain)
 
 
+def _open(options: argparse.Namespace, folder: Path, memory_limit: int | None) -> Pipeline:
+    """A pipeline of a bundle, within a memory limit in bytes."""
+    from allaprima.runtime import Pipeline
+
+    return Pipeline.open(
+        folder,
+        backend=options.backend,
+        precision=options.precision,
+        threads=options.threads,
+        memory_limit=memory_limit,
+    )
+
+
 def read_settings(options: argparse.Namespace) -> ServerSettings:
-    """Who is let in, and how much they may ask. Raises RequestError for a server that is open to a network."""
+    """Who is let in, and how much they may ask. Raises RequestError for a server that all may reach."""
     from allaprima.serve.server import is_loopback
     from allaprima.serve.settings import ServerSettings
 

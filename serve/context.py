@@ -41,15 +41,18 @@ class Context:
         model = self.studio.model(order.model)
         every = order.preview_every if model.manifest.preview is not None else None
         order = replace(order, preview_every=every, owner=owner_of(request))
-        asked = order.request
-        note(request.scope, model=model.name, steps=asked.num_inference_steps, images=asked.num_images)
-        if asked.width is not None and asked.height is not None:
-            note(request.scope, size=f"{asked.width}x{asked.height}")
+        note(request.scope, model=model.name)
         if self.settings.log_prompts:
-            note(request.scope, prompt=asked.prompt, negative_prompt=asked.negative_prompt)
-        # On a thread: texts are counted there, and pictures looked at.
-        job = await self.workers.run(self.studio.submit, order)
-        note(request.scope, job=job.id)
+            note(request.scope, prompt=order.request.prompt, negative_prompt=order.request.negative_prompt)
+        job = await self.workers.run(self.studio.submit, order)  # on a thread: it looks at pictures
+        made = job.settings
+        note(
+            request.scope,
+            job=job.id,
+            size=f"{made.width}x{made.height}",
+            steps=made.num_inference_steps,
+            images=made.num_images,
+        )
         return job
 
     def find(self, request: Request, id: str) -> Job | None:
@@ -68,22 +71,13 @@ class Context:
             await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 raise ClientDisconnect
-            result = waiting.result()
+            return waiting.result()
         finally:
             job.cancel()  # has no effect on one that has ended
             for task in (waiting, leaving):
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
-        note_result(request, result)
-        return result
-
-
-def note_result(request: Request, result: Result) -> None:
-    """Note how the pictures were made, which the bundle may have decided."""
-    if result.parameters:
-        made = result.parameters[0]
-        note(request.scope, size=f"{made.width}x{made.height}", steps=made.num_inference_steps)
 
 
 def context_of(request: Request) -> Context:

@@ -11,7 +11,7 @@ from typing import Literal, ParamSpec, TypeVar
 from PIL.Image import Image
 
 from allaprima.runtime import Parameters, encode_image
-from allaprima.serve.watch import Watch
+from allaprima.serve.metrics import Metrics
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -25,8 +25,8 @@ _PNG_LEVEL = 1
 class Workers:
     """A few threads for what would hold up the event loop: packing and unpacking pictures."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._threads = ThreadPoolExecutor(_THREADS, "allaprima-pictures")
 
     async def run(
@@ -59,7 +59,7 @@ class Workers:
         begun = time.perf_counter()
         shown = image if size is None or image.size == size else image.resize(size)
         data = encode_image(shown, kind.upper(), parameters, quality=quality, compress_level=_PNG_LEVEL)
-        self._watch.staged("compress", time.perf_counter() - begun)
+        self._metrics.filed(kind, time.perf_counter() - begun)
         return data
 
     def close(self) -> None:

@@ -30,6 +30,8 @@ from allaprima.serve.errors import (
 BROKEN = "the server could not paint this: its log says why"
 _DO_NOT_RETRY = {"x-should-retry": "false"}
 _DRAINING_SECONDS = 5
+_LONGEST = 2000
+"""Characters of a message: it may repeat what a client sent."""
 
 
 class Refusal(HTTPException):
@@ -99,18 +101,18 @@ def reply(failure: Failure, path: str) -> Response:
 
     Clients of AUTOMATIC1111's web UI find what they look for besides.
     """
-    status, headers = failure.status, dict(failure.headers)
+    status, headers, message = failure.status, dict(failure.headers), failure.message[:_LONGEST]
     body: dict[str, Any]
     if path.startswith("/v1/"):
         status = 400 if status == 422 else status
         kind = "server_error" if status >= 500 else "invalid_request_error"
         kind = "rate_limit_error" if status == 429 else kind
-        error = {"message": failure.message, "type": kind, "param": failure.param, "code": failure.code}
+        error = {"message": message, "type": kind, "param": failure.param, "code": failure.code}
         body = {"error": error}
     else:
-        body = {"detail": failure.message if failure.details is None else failure.details}
+        body = {"detail": message if failure.details is None else failure.details}
         if path.startswith("/sdapi/"):
-            body |= {"error": failure.code, "errors": failure.message, "body": ""}
+            body |= {"error": failure.code, "errors": message, "body": ""}
     # ASCII, because the name of an unknown field may hold what UTF-8 cannot.
     content = json.dumps(body, ensure_ascii=True).encode("ascii")
     return Response(content, status, headers, media_type="application/json")

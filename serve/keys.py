@@ -20,7 +20,7 @@ from allaprima.bundle import RequestError
 from allaprima.serve.failures import Failure, reply
 from allaprima.serve.notes import note
 
-OPEN = ("/", "/favicon.ico", "/health/live", "/health/ready")
+OPEN = ("/", "/health/live", "/health/ready")
 """Paths that need no key: the page, which asks for one itself, and what orchestrators ask."""
 OPEN_BELOW = ("/page/", "/v1/files/images/")
 """All below these neither: what the page is made of, and pictures under names that nobody can guess."""

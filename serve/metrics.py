@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from allaprima.bundle import VERSION
-from allaprima.serve.jobs import State
+from allaprima.serve.jobs import Job
 
 if TYPE_CHECKING:
     from allaprima.serve.studio import Load
@@ -32,11 +32,13 @@ class Metrics:
 
     def _count(self) -> None:
         registry = self._registry
-        self._images = Counter("allaprima_images", "Pictures that were finished", registry=registry)
+        self._images = Counter(
+            "allaprima_images", "Pictures of jobs that are done", ["model"], registry=registry
+        )
         self._jobs = Counter(
             "allaprima_jobs",
             "Jobs that ended, by how: done, failed or cancelled",
-            ["state"],
+            ["model", "state"],
             registry=registry,
         )
         self._rejected = Counter(
@@ -60,7 +62,14 @@ class Metrics:
         self._stages = Histogram(
             "allaprima_stage_seconds",
             "Stages but denoising",
-            ["stage"],
+            ["model", "stage"],
+            buckets=_STAGE_SECONDS,
+            registry=registry,
+        )
+        self._files = Histogram(
+            "allaprima_file_seconds",
+            "Making a file of a picture",
+            ["format"],
             buckets=_STAGE_SECONDS,
             registry=registry,
         )
@@ -80,17 +89,19 @@ class Metrics:
         """See Watch."""
         self._steps.labels(model, self._size(height, width), str(lanes)).observe(seconds)
 
-    def staged(self, stage: str, seconds: float) -> None:
+    def staged(self, model: str, stage: str, seconds: float) -> None:
         """See Watch."""
-        self._stages.labels(stage).observe(seconds)
+        self._stages.labels(model, stage).observe(seconds)
 
-    def painted(self, count: int) -> None:
+    def ended(self, job: Job) -> None:
         """See Watch."""
-        self._images.inc(count)
+        self._jobs.labels(job.model, job.status.state).inc()
+        if job.result is not None:
+            self._images.labels(job.model).inc(len(job.result.images))
 
-    def ended(self, state: State) -> None:
-        """See Watch."""
-        self._jobs.labels(state).inc()
+    def filed(self, kind: str, seconds: float) -> None:
+        """A picture was made into a file."""
+        self._files.labels(kind).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """A request was turned down; `reason` is the code of a Failure."""

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from allaprima.bundle import RequestError
 from allaprima.runtime import Parameters, Result
-from allaprima.serve.context import Context, Here, note_result
+from allaprima.serve.context import Context, Here
 from allaprima.serve.events import EventStream, event
 from allaprima.serve.failures import Envelope, Refusal, documented, failure_of, reply
 from allaprima.serve.intake import body_schema, read_form, read_json
@@ -82,7 +82,7 @@ async def edit(request: Request, here: Here) -> Response:
 async def _paint(request: Request, here: Context, fields: Painting, order: Order, kind: str) -> Response:
     job = await here.place(request, order)
     if fields.stream:
-        events = _events(request, here, fields, job, kind)
+        events = _events(here, fields, job, kind)
         return EventStream(events, here.settings.heartbeat_seconds, left=job.cancel)
     result = await here.wait(request, job)
     made = result.parameters[0]
@@ -108,14 +108,12 @@ async def _picture(
     return Picture(b64_json=base64.b64encode(data).decode(), seed=parameters.seed)
 
 
-async def _events(
-    request: Request, here: Context, fields: Painting, job: Job, kind: str
-) -> AsyncIterator[bytes]:
+async def _events(here: Context, fields: Painting, job: Job, kind: str) -> AsyncIterator[bytes]:
     """Partial images while it is painted, then a completed event for each picture, or an error."""
     shown: Counter[int] = Counter()
     async for each in job.events():
         if each.kind == "preview" and each.image and shown[each.index] < (fields.partial_images or 0):
-            size = _size_of(here, job, each.image)
+            size = job.settings.width, job.settings.height  # previews are small, and shown in its place
             part = {"partial_image_index": shown[each.index], "image_index": each.index}
             shown[each.index] += 1
             yield await _event(here, fields, f"{kind}.partial_image", each.image, size, None, part)
@@ -124,7 +122,6 @@ async def _events(
         # The envelope of an answer, which the client raises as an error.
         yield b"event: error\ndata: " + bytes(reply(failure, "/v1/").body) + b"\n\n"
         return
-    note_result(request, job.result)
     async for completed in _completed(here, fields, job.result, kind):
         yield completed
 
@@ -157,12 +154,6 @@ async def _event(
         "size": f"{size[0]}x{size[1]}",
     }
     return event(name, body | extra)
-
-
-def _size_of(here: Context, job: Job, preview: Image) -> tuple[int, int]:
-    """Width and height of the picture to be, in whose place a preview of a pixel for each latent is shown."""
-    downscale = here.studio.model(job.model).manifest.latent.downscale
-    return preview.size[0] * downscale, preview.size[1] * downscale
 
 
 @router.get("/v1/models", responses=_LISTING)

@@ -51,29 +51,30 @@ def serve(app: FastAPI, listener: socket.socket, *, drain_seconds: float) -> Non
     What waits, and what comes meanwhile, is refused with 503. What still runs after `drain_seconds` is
     given up.
     """
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
-    )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     _log.info("listening", extra={"facts": {"url": f"http://{shown}:{port}"}})
-    Server(config, app.state.context, drain_seconds).run(sockets=[listener])
+    Server(app, drain_seconds).run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
     """Uvicorn's, that keeps answering while the studio drains."""
 
-    def __init__(self, config: uvicorn.Config, context: Context, drain_seconds: float) -> None:
+    def __init__(self, app: FastAPI, drain_seconds: float) -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+        )
         super().__init__(config)
-        self._context, self._drain_seconds = context, drain_seconds
+        self._context: Context = app.state.context
+        self._drain_seconds = drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal. Uvicorn would also raise it again at the end, and the exit code tell of a crash."""

@@ -49,6 +49,10 @@ def page(browser: Chrome, server: Running) -> Iterator[Page]:
     assert page.complaints() == []
 
 
+def opens(folder: Path, limit: int | None) -> Pipeline:
+    return Pipeline.open(folder, backend="ort", threads=1, memory_limit=limit)
+
+
 def last_order(server: Running) -> Order:
     return server.studio.asked[-1]
 
@@ -478,8 +482,7 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Serve) -> None:
 
 def test_a_real_picture(browser: Chrome) -> None:
     """The whole way, with the small model."""
-    studio = Studio(("shapes",), lambda folder, limit: Pipeline.open(folder, memory_limit=limit), lanes=2)
-    with running(studio, ServerSettings()) as server:
+    with running(Studio(["shapes"], opens, lanes=2), ServerSettings()) as server:
         page = Page(browser, server.url)
         page.open()
         page.wait_ready()
