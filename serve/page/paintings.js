@@ -89,7 +89,8 @@ export class Paintings extends EventTarget {
         });
         if (!painting.over) await this.#update(painting, await api.job(painting.id));
       } catch (cause) {
-        if (cause.status === 404) return this.#forget(painting);
+        if (cause.status === 404) return this.#fail(painting, "The server no longer has this painting.");
+        if (cause.status === 401) return this.#fail(painting, cause.message);
         failures += 1;
         painting.trouble = cause.message;
         this.#tell(painting, "status");
@@ -98,10 +99,8 @@ export class Paintings extends EventTarget {
     }
   }
 
-  /** The server keeps no job for ever, and none of before its last start. */
-  #forget(painting) {
-    painting.state = "failed";
-    painting.error = "The server no longer has this painting.";
+  #fail(painting, error) {
+    Object.assign(painting, { state: "failed", error, trouble: null });
     this.#tell(painting, "ended");
   }
 

@@ -83,7 +83,7 @@ export class Settings {
     }
     if (this.#start.chosen && !$("start").hidden) {
       order.image = this.#start.chosen.image;
-      order.strength = this.#number("strength", "Paint over it");
+      order.strength = this.#number("strength", "Strength");
     }
     if (this.model.previews) order.preview_every = Math.max(1, Math.round(order.num_inference_steps / 20));
     return order;
@@ -103,6 +103,7 @@ export class Settings {
     $("seed").value = parameters.seed ?? "";
     this.#setSize(parameters.width, parameters.height);
     this.#describeSampler();
+    $("size-note").textContent = "";
     this.save();
   }
 

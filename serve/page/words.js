@@ -2,14 +2,14 @@
 
 const TITLES = {
   prompt: "Prompt",
-  negative_prompt: "Not",
+  negative_prompt: "Negative prompt",
   bundle: "Model",
   size: "Size",
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
   sampler: "Sampler",
   seed: "Seed",
-  strength: "Painted over",
+  strength: "Strength",
   seconds: "Took",
 };
 

@@ -22,8 +22,8 @@ SHAPES: Manifest = open_bundle(resolve("shapes")).manifest
 class FakeStudio:
     """As Studio, with a thread that paints the jobs one after the other.
 
-    `hold` makes it wait before every step, until `go` (or the job is cancelled); `fails` is what the next
-    jobs fail with; `busy` is what orders are refused with.
+    `hold` makes it wait before every step, until `go` (or the job is cancelled); `pace` is how many seconds a
+    step takes; `fails` is what the next jobs fail with; `busy` is what orders are refused with.
     """
 
     def __init__(self, names: Sequence[str] = ("shapes",), limits: Limits | None = None) -> None:
