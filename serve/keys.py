@@ -108,7 +108,7 @@ class Guard:
 
 
 def _password(token: str) -> str:
-    """That of HTTP Basic, which clients of AUTOMATIC1111's web UI send; "" if it is none. Any user will do."""
+    """That of HTTP Basic, which clients of AUTOMATIC1111's web UI send; "" if it is none."""
     try:
         return base64.b64decode(token, validate=True).decode("ascii").partition(":")[2]
     except ValueError:
