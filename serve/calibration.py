@@ -33,7 +33,7 @@ def count_lanes(rate: Callable[[int], float], most: int) -> int:
 def measure_lanes(pipeline: Pipeline, height: int, width: int, most: int) -> int:
     """`count_lanes` for pictures of a size, with guidance, on a pipeline that is not painting.
 
-    Its buffers and kernels are warm afterwards. Raises BackendError or RequestError if not even one lane works.
+    Its kernels are warm afterwards. Raises BackendError or RequestError if not even one lane works.
     """
     defaults = pipeline.bundle.manifest.defaults
     guided = Request(
@@ -59,7 +59,7 @@ def measure_lanes(pipeline: Pipeline, height: int, width: int, most: int) -> int
 
 
 def scaled(measured: Mapping[tuple[int, int], int], height: int, width: int) -> int:
-    """The lanes of a size that was not measured: as many pixels at once as for the size that is nearest to it.
+    """The lanes of a size that was not measured: as many pixels at once as for the size nearest to it.
 
     One if nothing was measured.
     """

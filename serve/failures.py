@@ -91,7 +91,12 @@ def _invalid(errors: Sequence[Any]) -> Failure:
     if first["type"] == "extra_forbidden":
         return Failure(422, "unknown_parameter", f"Unknown parameter: '{where}'.", where, details=details)
     if first["type"] == "json_invalid":
-        return Failure(400, "invalid_json", f"the body is not JSON: {first['msg']}", details=details)
+        return Failure(
+            400,
+            "invalid_json",
+            f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}",
+            details=details,
+        )
     message = f"{where}: {first['msg']}" if where else first["msg"]
     return Failure(422, "invalid_value", message, where or None, details=details)
 

@@ -100,7 +100,7 @@ class Guard:
             return None
         site, origin = headers.get("sec-fetch-site"), headers.get("origin")
         foreign = site in ("cross-site", "same-site") or (
-            site is None and origin is not None and urlsplit(origin).netloc != host
+            site is None and origin is not None and _site(origin) != host
         )
         if foreign:
             return Failure(403, "cross_site", "pages of other sites may not use a server without API keys")
@@ -117,7 +117,10 @@ def _password(token: str) -> str:
 
 def _is_known(host: str, names: Sequence[str]) -> bool:
     """Whether a Host header, with or without port, is an IP address or one of the names."""
-    name = urlsplit(f"//{host}").hostname if host.isascii() else None
+    try:
+        name = urlsplit(f"//{host}").hostname if host.isascii() else None
+    except ValueError:
+        return False
     if not name:
         return False
     try:
@@ -125,3 +128,11 @@ def _is_known(host: str, names: Sequence[str]) -> bool:
     except ValueError:
         return name.lower() in names
     return True
+
+
+def _site(origin: str) -> str | None:
+    """Host and port of an Origin header; None if it has none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None

@@ -31,7 +31,12 @@ def _parsed(value: object) -> object:
     return value
 
 
-Pair = Annotated[tuple[int, int], BeforeValidator(_parsed, json_schema_input_type=list[int])]
+def _paired(value: object) -> object:
+    value = _parsed(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Pair = Annotated[tuple[int, int], BeforeValidator(_paired)]
 Base64 = Annotated[
     str | None, Field(description="A PNG, JPEG or WebP file in base64, plain or as a data URL.")
 ]

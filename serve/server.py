@@ -12,8 +12,9 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from allaprima.bundle import RequestError
+from allaprima.bundle import AllaprimaError, BackendError, RequestError
 from allaprima.serve.context import Context
+from allaprima.serve.protocol import PatientProtocol
 
 _log = logging.getLogger("allaprima.serve")
 _KEEP_ALIVE_SECONDS = 30
@@ -48,13 +49,19 @@ def is_loopback(host: str) -> bool:
 def serve(app: FastAPI, listener: socket.socket, *, drain_seconds: float) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish what runs; a second signal stops at once.
 
-    What waits, and what comes meanwhile, is refused with 503. What still runs after `drain_seconds` is
-    given up.
+    What waits, and what comes meanwhile, is refused with 503, and so is what still runs after
+    `drain_seconds`. A studio that can no longer paint ends it too. Raises BackendError, or what the studio
+    failed with.
     """
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     _log.info("listening", extra={"facts": {"url": f"http://{shown}:{port}"}})
     Server(app, drain_seconds).run(sockets=[listener])
+    failure = app.state.context.studio.failure
+    if isinstance(failure, AllaprimaError):
+        raise failure
+    if failure is not None:
+        raise BackendError("the server can no longer paint: its log says why") from failure
 
 
 class Server(uvicorn.Server):
@@ -63,7 +70,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, drain_seconds: float) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             lifespan="on",
             access_log=False,
@@ -75,6 +82,18 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._context: Context = app.state.context
         self._drain_seconds = drain_seconds
+        self._told_ready = False
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, asked ten times a second."""
+        studio = self._context.studio
+        if studio.failure is not None:
+            _log.error("the studio failed", exc_info=studio.failure)
+            self.should_exit = True
+        elif studio.ready and not self._told_ready:
+            self._told_ready = True
+            _log.info("ready", extra={"facts": {"models": [model.name for model in studio.models()]}})
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal. Uvicorn would also raise it again at the end, and the exit code tell of a crash."""
@@ -89,8 +108,8 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(studio.drain)
         while studio.load().running and time.monotonic() < until and not self.force_exit:
             await asyncio.sleep(0.05)
-        for job in studio.jobs():
-            job.cancel()
+        if studio.load().running and not self.force_exit:
+            await asyncio.to_thread(studio.close, 0)
         await super().shutdown(sockets)
 
 

@@ -49,6 +49,7 @@ class Studio:
         memory_limit: int | None = None,
         lanes: int | None = None,
         warm: Sequence[tuple[int, int]] | None = None,
+        joins: bool = True,
         watch: Watch = NOBODY,
     ) -> None:
         """Open the manifests of bundles, of which the first is the default model.
@@ -56,13 +57,15 @@ class Studio:
         `opens` opens a pipeline within a memory limit; `memory_limit` in bytes is for all models together.
         `lanes` is how many pictures of one size are painted together; None measures it for the sizes (height,
         width) in `warm`, of the default model, before it is ready. None for these is the model's own size.
+        `joins` False lets no picture join others that took a step: batches as other servers make them, to
+        compare with.
         Raises BundleError.
         """
         self._shelf = Shelf(bundles, opens, memory_limit)
         self._desk = Desk(limits)
         defaults = self._shelf.find(None).bundle.manifest.defaults
         sizes = ((defaults.height, defaults.width),) if warm is None else tuple(warm)
-        self._workshop = Workshop(self._shelf, self._desk, watch, lanes=lanes, warm=sizes)
+        self._workshop = Workshop(self._shelf, self._desk, watch, lanes=lanes, warm=sizes, joins=joins)
         self._limits = limits
         self._thread = threading.Thread(target=self._work, name="allaprima-studio", daemon=True)
         self._ready = threading.Event()

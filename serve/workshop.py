@@ -39,11 +39,18 @@ class Workshop:
     """Prepares, steps and decodes. For one thread alone, but for `lanes_taken`."""
 
     def __init__(
-        self, shelf: Shelf, desk: Desk, watch: Watch, *, lanes: int | None, warm: Sequence[tuple[int, int]]
+        self,
+        shelf: Shelf,
+        desk: Desk,
+        watch: Watch,
+        *,
+        lanes: int | None,
+        warm: Sequence[tuple[int, int]],
+        joins: bool = True,
     ) -> None:
-        """See Studio for `lanes` and `warm`."""
+        """See Studio."""
         self._shelf, self._desk, self._watch = shelf, desk, watch
-        self._fixed, self._warm = lanes, tuple(warm)
+        self._fixed, self._warm, self._joins = lanes, tuple(warm), joins
         self._measured: dict[str, dict[tuple[int, int], int]] = {}
         self._groups = Groups()
         self._begun: dict[Job, Begun] = {}
@@ -73,7 +80,7 @@ class Workshop:
         did = False
         while work():
             did = True
-            if perf_counter() >= until:
+            if self._joins and perf_counter() >= until:
                 break
         return did
 
@@ -202,6 +209,8 @@ class Workshop:
     def _room(self, model: Shelved, settings: Settings) -> bool:
         """Whether a picture can be painted with others of its size; one can before its model is measured."""
         size = model.name, settings.height, settings.width
+        if not self._joins and any(each.row for group in self._groups.busy for each in group.lanes.paintings):
+            return False
         return self._groups.lanes_taken(size) < self._most(*size)
 
     def _full(self, model: Shelved, settings: Settings) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,17 @@ Allaprima = Callable[..., SimpleNamespace]
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """As they were: the command logs to the stderr that it finds."""
+    loggers = [logging.getLogger(name) for name in ("allaprima", "uvicorn")]
+    before = [(each.handlers, each.propagate, each.level) for each in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def settings(*words: str) -> ServerSettings:
@@ -93,6 +105,13 @@ def test_a_port_that_is_taken(allaprima: Allaprima) -> None:
         outcome = allaprima("serve", "--port", str(port))
     assert outcome.code == 2
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in outcome.err
+
+
+def test_a_backend_that_is_not_there(allaprima: Allaprima) -> None:
+    outcome = allaprima("serve", "--port", "0", "--backend", "nothing")
+    assert outcome.code == 2
+    assert "allaprima: error: " in outcome.err.splitlines()[-1]
+    assert "nothing" in outcome.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from allaprima.bundle import BackendError, Bundle, open_bundle, resolve
 from allaprima.engine import build_bundle, parse_sizes
 from allaprima.engine.verify import draw_inputs
-from allaprima.runtime import Pipeline, backends
+from allaprima.runtime import Pipeline, Request, backends
 from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu
 from allaprima.runtime.sessions.ort import open_graph, session_options
 from allaprima.runtime.sessions.ort_cuda import CUDA
@@ -95,6 +95,29 @@ def test_graphs_do_not_change_a_bit(shapes: Bundle, backend: str, monkeypatch: p
         got = [pictures(plain.generate(PROMPT, seed=3, **request)) for request in REQUESTS * 2]
     pairs = [pair for one, two in zip(got, wanted, strict=True) for pair in zip(one, two, strict=True)]
     assert all(np.array_equal(one, two) for one, two in pairs)
+
+
+def test_pictures_that_come_and_go(shapes: Bundle, backend: str) -> None:
+    """Each is painted beside others at other steps, in engines for one to three."""
+    size: Any = {"height": 128, "width": 128}
+    requests = [
+        Request(PROMPT, seed=seed, sampler=sampler, num_inference_steps=steps, **size)
+        for seed, (sampler, steps) in enumerate([("ddim", 9), ("euler_a", 8), ("dpmpp_2m", 10), ("euler", 8)])
+    ]
+    with open_built(shapes, backend) as pipeline:
+        alone = [pictures(pipeline.paint(request))[0] for request in requests]
+        waiting = [pipeline.prepare(*pipeline.settle(request)) for request in requests]
+        lanes = pipeline.lanes(waiting[0].shape, 3)
+        coming = list(waiting)
+        while coming or lanes.paintings:
+            if coming and len(lanes.paintings) < 3:
+                lanes.admit(coming.pop(0))
+            lanes.step()
+            for painting in lanes.paintings:
+                if painting.done:
+                    lanes.release(painting)
+        together = [pictures(pipeline.finish(painting))[0] for painting in waiting]
+    assert min(map(psnr, together, alone)) > 25
 
 
 def paint(pipeline: Pipeline, seed: int) -> NDArray[np.uint8]:

@@ -24,7 +24,7 @@ import pytest
 
 import allaprima.runtime.cuda
 from allaprima.bundle import BackendError, Bundle, EngineFile, Profile, RequestError
-from allaprima.runtime import Pipeline, exchange
+from allaprima.runtime import Pipeline, Request, exchange
 from allaprima.runtime.cuda import CudaMemory, Gpu, Graph, default_gpu, use
 from allaprima.runtime.exchange import Lent, borrow
 from allaprima.runtime.flavours import load
@@ -297,6 +297,39 @@ def test_same_pictures_as_on_the_cpu(bundle: Bundle, tmp_path: Path, watched: bo
             assert pixels(got) == pixels(right)
         assert seen == wanted
         assert bool(gpu.launches) or not capturable
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_pictures_that_come_and_go(bundle: Bundle, tmp_path: Path, capturable: bool) -> None:
+    """Lanes are copied on the device, in order with its work; an odd number of them leaves one idle."""
+    gpu = LazyGpu()
+    size: Any = {"height": 64, "width": 32, "output_type": "latent"}
+    requests = [
+        Request("a red circle", seed=seed, sampler=sampler, num_inference_steps=steps, **size)
+        for seed, (sampler, steps) in enumerate(
+            [("ddim", 4), ("euler_a", 3), ("dpmpp_2m", 6), ("ddpm", 2), ("heun", 3)]
+        )
+    ]
+    with (
+        open_pipeline(bundle, gpu, tmp_path, capturable=capturable) as device,
+        Pipeline.open(bundle.folder, backend="ort", threads=1) as host,
+    ):
+        waiting = [device.prepare(*device.settle(request)) for request in requests]
+        lanes = device.lanes(waiting[0].shape, 3)
+        coming = list(waiting)
+        while coming or lanes.paintings:
+            if coming and len(lanes.paintings) < 3:
+                lanes.admit(coming.pop(0))
+            lanes.step()
+            for painting in lanes.paintings:
+                if painting.done:
+                    lanes.release(painting)
+        for painting, request in zip(waiting, requests, strict=True):
+            alone, together = host.paint(request).latents, device.finish(painting).latents
+            assert alone is not None
+            assert together is not None
+            assert alone.tobytes() == together.tobytes()
+        assert bool(gpu.launches) == capturable
 
 
 def test_no_waiting_between_steps(bundle: Bundle, tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ class FakeStudio:
         for step in range(1, steps + 1):
             with self._changed:
                 self._changed.wait_for(lambda: not self._held or job.cancelled or self._closed)
+            if self._closed:
+                raise DrainingError("the server stopped before the picture was done: send it again")
             if job.cancelled:
                 raise CancelledError("the job was cancelled")
             if self.fails is not None:

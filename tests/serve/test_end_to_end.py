@@ -155,8 +155,6 @@ def test_a_deadline(ai: openai.OpenAI) -> None:
         {"num_images": 8, "num_inference_steps": 150, "width": 2048, "height": 1024},
         {"deadline": 1e9},
         {"sampler": "euler", "sampling": {"timesteps": [float(999 - each) for each in range(900)]}},
-        {"sampler": "euler", "eta": 0.5},
-        {"sampling": {"order": 2}},
         {"preview_every": 0, "model": "other"},
         {"hint": "AAAA"},
         {"aesthetic_score": 6},
@@ -168,6 +166,28 @@ def test_what_is_too_much_or_means_nothing(whole: Running, fields: dict[str, Any
         answer = client.post("/api/jobs", json={"prompt": "x"} | fields)
         assert answer.status_code in (400, 404), answer.text
         assert client.get("/api/jobs").json() == {"jobs": [], "queued": 0, "running": 0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"sampler": "nothing"}, "nothing"),
+        ({"sampler": "euler", "eta": 0.5}, "eta"),
+        ({"sampling": {"order": 2}}, "order"),
+    ],
+)
+def test_what_the_sampler_refuses(whole: Running, fields: dict[str, Any], told: str) -> None:
+    """Told at once, or when its turn comes."""
+    with whole.client(headers={"x-api-key": KEY}) as client:
+        answer = client.post("/api/jobs", json={"prompt": "x"} | fields)
+        if answer.status_code == 202:
+            path = f"/api/jobs/{answer.json()['id']}"
+            until(lambda: client.get(path).json()["ended"] is not None)
+            assert client.get(path).json()["state"] == "failed"
+            assert told in client.get(path).json()["error"]
+        else:
+            assert answer.status_code == 400
+            assert told in answer.json()["detail"]
 
 
 def test_events_of_a_job(whole: Running) -> None:
@@ -182,7 +202,8 @@ def test_events_of_a_job(whole: Running) -> None:
         assert client.get(f"/api/jobs/{id}/images/0").status_code == 200
 
 
-def test_metrics(whole: Running) -> None:
+def test_metrics(whole: Running, ai: openai.OpenAI) -> None:
+    ai.images.generate(prompt=PROMPT, extra_body=FAST)
     with whole.client(headers={"x-api-key": KEY}) as client:
         text = client.get("/metrics").text
     assert 'allaprima_step_seconds_count{lanes="1",model="shapes",size="128x128"}' in text

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from typing import Any
 
 import httpx
 import pytest
+
+from allaprima.serve.protocol import PatientProtocol
 
 from .conftest import LIMITS, Running, Serve, submit_raw, until
 
@@ -113,10 +116,28 @@ def test_a_body_that_lies_about_its_length(server: Running) -> None:
 def test_a_slow_upload(serve: Serve) -> None:
     server = serve(upload_seconds=0.3)
     head = f"{HEAD}Content-Length: 90\r\n\r\n"
-    answer = submit_raw(server.url, head, *["{"] * 6, pause=0.1)
+    answer = submit_raw(server.url, head, "{", "{", pause=0.1)
     assert answer.startswith("HTTP/1.1 408")
     assert '"code": "too_slow"' in answer
     assert server.studio.asked == []
+
+
+def test_a_slow_head(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the second one on a connection; a request that is answered slowly is another matter."""
+    monkeypatch.setattr(PatientProtocol, "head_seconds", 0.3)
+    server = serve()
+    assert submit_raw(server.url, "") == ""
+    assert submit_raw(server.url, "GET / HTTP/1.1\r\nHost") == ""
+    whole = "GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    answer = submit_raw(server.url, whole, "GET / HTTP/1.1\r\n", pause=0.1)
+    assert answer.startswith("HTTP/1.1 200")
+    assert answer.count("HTTP/1.1") == 1
+    server.studio.hold()
+    timer = threading.Timer(0.6, server.studio.go)
+    timer.start()
+    with server.client() as client:
+        answered = client.post("/v1/images/generations", json={"prompt": "x"})
+    assert answered.status_code == 200
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/v1/images/edits"])

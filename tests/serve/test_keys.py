@@ -104,6 +104,7 @@ def test_keys_that_no_header_carries(key: str) -> None:
         ({"host": "localhost.evil.example"}, 403),
         ({"host": "127.0.0.1.evil.example"}, 403),
         ({"host": ""}, 403),
+        ({"host": "[::1"}, 403),
     ],
 )
 def test_names_of_an_open_server(serve: Serve, headers: dict[str, str], status: int) -> None:
@@ -119,6 +120,7 @@ def test_names_of_an_open_server(serve: Serve, headers: dict[str, str], status: 
         ({"origin": "http://studio.lan", "host": "studio.lan"}, 202),
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://[::1"}, 403),
         ({"sec-fetch-site": "cross-site"}, 403),
         ({"sec-fetch-site": "same-site"}, 403),
         ({"sec-fetch-site": "same-origin", "origin": "https://proxy.example"}, 202),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -13,9 +14,12 @@ import pytest
 
 from allaprima.bundle import BackendError
 from allaprima.runtime import Request
+from allaprima.serve.app import create_app
 from allaprima.serve.jobs import Job, Order
 from allaprima.serve.logs import JsonFormatter, start_logging
 from allaprima.serve.metrics import Metrics
+from allaprima.serve.server import listen
+from allaprima.serve.server import serve as serve_until_the_end
 
 from .conftest import Running, Serve, until
 from .fakes import SHAPES, FakeStudio
@@ -30,10 +34,33 @@ def test_health(serve: Serve) -> None:
         answer = client.get("/health/ready")
         assert (answer.status_code, answer.json()) == (503, {"status": "starting"})
         assert client.get("/health/live").status_code == 200
-        server.studio.failure = BackendError("/secret")
-        for path in ("/health/ready", "/health/live"):
-            answer = client.get(path)
-            assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+
+
+def test_health_of_a_studio_that_failed() -> None:
+    """Without our server around it, which would end."""
+    studio = FakeStudio()
+    studio.failure = BackendError("/secret")
+
+    async def ask(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(studio))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get(path)
+
+    for path in ("/health/ready", "/health/live"):
+        answer = asyncio.run(ask(path))
+        assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+
+
+def test_a_studio_that_fails_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    for failure in (BackendError("no such device"), RuntimeError("broken")):
+        studio = FakeStudio()
+        studio.failure = failure
+        with (
+            listen("127.0.0.1", 0) as listener,
+            pytest.raises(BackendError, match=r"device|its log says why"),
+        ):
+            serve_until_the_end(create_app(studio), listener, drain_seconds=1)  # type: ignore[arg-type]
+        assert str(failure) in caplog.text
 
 
 def test_metrics_of_requests(serve: Serve) -> None:
@@ -186,7 +213,7 @@ def test_patience_has_an_end(serve: Serve) -> None:
     server.server.handle_exit(15, None)
     waiting.join(10)
     assert waiting.answer is not None
-    assert waiting.answer.status_code == 409
+    assert waiting.answer.status_code == 503
     until(lambda: _is_gone(server))
 
 

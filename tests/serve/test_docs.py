@@ -1,0 +1,43 @@
+"""What docs/server.md shows is run as it stands, against a server on another port."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from .conftest import Running
+
+PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("python", "sh")}
+ADDRESS = "http://127.0.0.1:8000"
+
+
+def test_python(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = BLOCKS["python"]
+    assert ADDRESS in block
+    exec(compile(block.replace(ADDRESS, server.url), "server.md", "exec"), {})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "picture.png",
+        "image_generation.partial_image.png",
+        "image_generation.completed.png",
+    }
+    assert server.studio.asked[-1].request.strength == 0.6
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl(server: Running, tmp_path: Path) -> None:
+    (block,) = (each for each in BLOCKS["sh"] if "curl" in each)
+    words = ["sh", "-e", "-c", block.replace(ADDRESS, server.url)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "event: preview" in done.stdout
+    assert "event: ended" in done.stdout
+    with Image.open(tmp_path / "circle.png") as image:
+        assert image.size == (128, 128)
+    assert server.studio.asked[-1].request.image.size == (128, 128)
