@@ -7,7 +7,7 @@ import { Queue } from "./queue.js";
 import { Settings } from "./settings.js";
 import { Stage } from "./stage.js";
 import { Start } from "./start.js";
-import { doing, progress } from "./words.js";
+import { doing, progress, samplerTitles } from "./words.js";
 
 const RETRY = 2000;
 const $ = (id) => document.getElementById(id);
@@ -193,6 +193,7 @@ async function connect() {
   while (!settings.ready) {
     try {
       const [models, samplers] = await Promise.all([api.models(), api.samplers()]);
+      for (const { name, title } of samplers) samplerTitles.set(name, title);
       settings.offer(models, samplers);
     } catch (error) {
       notice(error.message);
@@ -204,7 +205,7 @@ async function connect() {
   $("paint").disabled = false;
   if (!settings.ready) return;
   notice(null);
-  $("server").textContent = "";
+  $("server").textContent = settings.single ?? "";
   paintings.restore();
   queue.look();
 }

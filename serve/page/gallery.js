@@ -45,10 +45,14 @@ export class Gallery extends EventTarget {
       image.hidden = !source;
       button.style.setProperty("--ratio", painting.size[0] / painting.size[1]);
       button.classList.toggle("rough", painting.state !== "done");
-      bar.hidden = painting.over;
+      // What is not painted yet, or never will be, is one thing, however many pictures it is of.
+      const apart = painting.state === "running" || painting.state === "done";
+      item.hidden = index > 0 && !apart;
+      bar.hidden = painting.state !== "running";
       bar.value = progress(painting);
-      badge.hidden = painting.state === "done" || painting.state === "running";
-      badge.textContent = { queued: "Waiting", failed: "Failed", cancelled: "Cancelled" }[painting.state] ?? "";
+      badge.hidden = apart;
+      const word = { queued: "Waiting", failed: "Failed", cancelled: "Cancelled" }[painting.state] ?? "";
+      badge.textContent = painting.count > 1 ? `${word} × ${painting.count}` : word;
       const which = painting.count > 1 ? `, picture ${index + 1} of ${painting.count}` : "";
       button.setAttribute("aria-label", `${painting.order.prompt}${which}: ${doing(painting)}`);
     });
@@ -75,7 +79,7 @@ export class Gallery extends EventTarget {
   #move(event) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
-    const buttons = [...$("thumbs").querySelectorAll("button")];
+    const buttons = [...$("thumbs").querySelectorAll("li:not([hidden]) button")];
     const next = buttons[buttons.indexOf(document.activeElement) + step];
     if (!next) return;
     event.preventDefault();

@@ -52,6 +52,11 @@ export class Settings {
     this.#restore();
   }
 
+  /** The name of the model if there is but one. */
+  get single() {
+    return this.#models.length === 1 ? this.#models[0].name : null;
+  }
+
   /** Whether there is a model to paint with. */
   get ready() {
     return this.#models.length > 0;
@@ -225,7 +230,7 @@ export class Settings {
   /** A side that the model cannot paint becomes the nearest that it can. */
   #fit(side) {
     const { multiple } = this.model;
-    const given = Number($(side).value);
+    const given = Number($(side).value) || this.model[side];
     const nearest = Math.max(multiple, Math.round(given / multiple) * multiple);
     $("size-note").textContent = nearest === given ? "" : `Sides are multiples of ${multiple}: ${given} became ${nearest}.`;
     $(side).value = nearest;

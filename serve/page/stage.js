@@ -81,6 +81,7 @@ export class Stage extends EventTarget {
     }
     const failed = painting?.over && painting.state !== "done";
     $("failure").hidden = !failed;
+    $("failure").className = painting?.state === "cancelled" ? "soft calm" : "notice";
     $("failure").textContent = failed ? doing(painting) : "";
   }
 

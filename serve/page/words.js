@@ -33,11 +33,15 @@ export function doing({ state, status, error, trouble }) {
   return state === "done" ? "Done" : error ?? "This painting failed.";
 }
 
+/** How users know a sampler, by its name. */
+export const samplerTitles = new Map();
+
 /** Title and text of everything that there is to know about a picture. */
 export function describe(parameters, status) {
   const seconds = status.ended && status.started ? status.ended - status.started : null;
   const values = {
     ...parameters,
+    sampler: samplerTitles.get(parameters.sampler) ?? parameters.sampler,
     size: parameters.width ? `${parameters.width} × ${parameters.height}` : null,
     seconds: seconds === null ? null : `${seconds.toFixed(1)} s`,
   };

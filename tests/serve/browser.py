@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver import Chrome
+from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -99,8 +99,7 @@ class Page:
 
     def write(self, id: str, text: str) -> None:
         """In place of what was there."""
-        self.find(id).clear()
-        self.find(id).send_keys(text)
+        self.find(id).send_keys(Keys.CONTROL + "a" + Keys.NULL, text or Keys.DELETE)
         self._changed(id)
 
     def _changed(self, id: str) -> None:

@@ -83,7 +83,7 @@ def test_a_prompt_becomes_a_picture(page: Page, server: Running) -> None:
     assert (order.request.num_inference_steps, order.request.guidance_scale) == (20, 2.0)
     assert order.preview_every == 1
     facts = page.text("parameters")
-    for fact in ("a red circle", "shapes", "128 × 128", "20", "ddim"):
+    for fact in ("a red circle", "shapes", "128 × 128", "20", "DDIM"):
         assert fact in facts
     assert len(page.all(".thumb")) == 1
     assert "done" in page.text("live") or "done" in page.run(
