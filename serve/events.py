@@ -10,6 +10,8 @@ from contextlib import suppress
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from allaprima.serve.jobs import Event, Job
+
 _BEAT = b": keep-alive\n\n"
 
 
@@ -38,6 +40,19 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._left()
+
+
+async def listen(job: Job) -> AsyncIterator[Event]:
+    """The events of a job from now on, and not only from when the first is asked for."""
+    events = job.events()
+    first = await anext(events)
+
+    async def all_of_them() -> AsyncIterator[Event]:
+        yield first
+        async for each in events:
+            yield each
+
+    return all_of_them()
 
 
 async def _with_beats(events: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:

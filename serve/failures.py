@@ -85,7 +85,9 @@ def failure_of(error: BaseException) -> Failure:
 
 def _invalid(errors: Sequence[Any]) -> Failure:
     """Fields that are wrong. What was given is not repeated: it may be long, or no JSON."""
-    details = [{"type": each["type"], "loc": list(each["loc"]), "msg": each["msg"]} for each in errors]
+    details: list[dict[str, Any]] = [
+        {"type": each["type"], "loc": list(each["loc"]), "msg": each["msg"]} for each in errors
+    ]
     first = details[0] if details else {"type": "", "loc": [], "msg": "the request is not valid"}
     where = ".".join(str(each) for each in first["loc"] if each not in ("body", "query", "path"))
     if first["type"] == "extra_forbidden":

@@ -8,15 +8,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from allaprima.runtime import samplers
 from allaprima.serve.context import Context, Here
 from allaprima.serve.encoding import Format
-from allaprima.serve.events import EventStream, event
+from allaprima.serve.events import EventStream, event, listen
 from allaprima.serve.failures import Detail, Refusal, documented
 from allaprima.serve.intake import Files, body_schema, kind_of, read_form, read_json, wrong_kind
-from allaprima.serve.jobs import Job, Status
+from allaprima.serve.jobs import Event, Job, Status
 from allaprima.serve.native_fields import (
     PICTURES,
     FormFields,
@@ -111,7 +111,7 @@ async def image(
 
 @router.get(
     "/jobs/{id}/events",
-    response_class=EventStream,
+    response_class=StreamingResponse,
     responses=_COMMON | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def events(id: str, request: Request, here: Here) -> Response:
@@ -120,11 +120,11 @@ async def events(id: str, request: Request, here: Here) -> Response:
     Whoever listens, or stops to, has no effect on the job.
     """
     job = _find(request, here, id)
-    return EventStream(_events(here, job), here.settings.heartbeat_seconds)
+    return EventStream(_events(here, job, await listen(job)), here.settings.heartbeat_seconds)
 
 
-async def _events(here: Context, job: Job) -> AsyncIterator[bytes]:
-    async for each in job.events():
+async def _events(here: Context, job: Job, heard: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+    async for each in heard:
         if each.kind == "preview" and each.image is not None:
             data = base64.b64encode(await here.workers.encode(each.image, "png")).decode()
             yield event("preview", {"index": each.index, "image": f"data:image/png;base64,{data}"})

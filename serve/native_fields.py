@@ -111,7 +111,7 @@ class FormFields(BaseModel):
         )
         if self.sampling is not None:
             given["sampling"] = self.sampling.model_dump(exclude_none=True)
-        return Order(Request(**given, **pictures), self.model, self.preview_every or None, self.deadline)
+        return Order(Request(**given | pictures), self.model, self.preview_every or None, self.deadline)
 
 
 class JobFields(FormFields):

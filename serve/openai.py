@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response
 from allaprima.bundle import RequestError
 from allaprima.runtime import Parameters, Result
 from allaprima.serve.context import Context, Here
-from allaprima.serve.events import EventStream, event
+from allaprima.serve.events import EventStream, event, listen
 from allaprima.serve.failures import Envelope, Refusal, documented, failure_of, reply
 from allaprima.serve.intake import body_schema, read_form, read_json
-from allaprima.serve.jobs import Job, Order
+from allaprima.serve.jobs import Event, Job, Order
 from allaprima.serve.openai_fields import (
     Edit,
     Generation,
@@ -82,7 +82,7 @@ async def edit(request: Request, here: Here) -> Response:
 async def _paint(request: Request, here: Context, fields: Painting, order: Order, kind: str) -> Response:
     job = await here.place(request, order)
     if fields.stream:
-        events = _events(here, fields, job, kind)
+        events = _events(here, fields, job, await listen(job), kind)
         return EventStream(events, here.settings.heartbeat_seconds, left=job.cancel)
     result = await here.wait(request, job)
     made = result.parameters[0]
@@ -108,10 +108,12 @@ async def _picture(
     return Picture(b64_json=base64.b64encode(data).decode(), seed=parameters.seed)
 
 
-async def _events(here: Context, fields: Painting, job: Job, kind: str) -> AsyncIterator[bytes]:
+async def _events(
+    here: Context, fields: Painting, job: Job, heard: AsyncIterator[Event], kind: str
+) -> AsyncIterator[bytes]:
     """Partial images while it is painted, then a completed event for each picture, or an error."""
     shown: Counter[int] = Counter()
-    async for each in job.events():
+    async for each in heard:
         if each.kind == "preview" and each.image and shown[each.index] < (fields.partial_images or 0):
             size = job.settings.width, job.settings.height  # previews are small, and shown in its place
             part = {"partial_image_index": shown[each.index], "image_index": each.index}

@@ -29,7 +29,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = _addresses(host, port)[0]
-        return socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
+        return socket.create_server(address[:2], family=family)
     except (OSError, OverflowError) as cause:
         reason = cause.strerror if isinstance(cause, OSError) else cause
         raise RequestError(

@@ -103,7 +103,7 @@ def server(shared: Running) -> Iterator[Running]:
     """The shared one, with nothing to do before and after."""
     studio = shared.studio
     studio.fails = studio.busy = None
-    studio.pace = 0.0
+    studio.seconds = 0.0
     studio.asked.clear()
     yield shared
     studio.go()

@@ -22,16 +22,16 @@ SHAPES: Manifest = open_bundle(resolve("shapes")).manifest
 class FakeStudio:
     """As Studio, with a thread that paints the jobs one after the other.
 
-    `hold` makes it wait before every step, until `go` (or the job is cancelled); `pace` is how many seconds a
-    step takes; `fails` is what the next jobs fail with; `busy` is what orders are refused with.
+    `hold` makes it wait before every step, until `go` (or the job is cancelled); `fails` is what the next
+    jobs fail with; `busy` is what orders are refused with; `seconds` is what a step takes.
     """
 
     def __init__(self, names: Sequence[str] = ("shapes",), limits: Limits | None = None) -> None:
         self.limits = Limits() if limits is None else limits
         self.names = tuple(names)
         self.fails: Exception | None = None
-        self.pace = 0.0
         self.busy: BusyError | None = None
+        self.seconds = 0.0
         self.failure: Exception | None = None
         self.ready = False
         self.draining = False
@@ -150,7 +150,7 @@ class FakeStudio:
                 raise CancelledError("the job was cancelled")
             if self.fails is not None:
                 raise self.fails
-            time.sleep(self.pace)
+            time.sleep(self.seconds)
             job.update(step=step * made.num_images)
             every = job.order.preview_every
             if every and step % every == 0:

@@ -19,6 +19,7 @@ ADDRESS = "http://127.0.0.1:8000"
 
 def test_python(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    server.studio.seconds = 0.02
     (block,) = BLOCKS["python"]
     assert ADDRESS in block
     exec(compile(block.replace(ADDRESS, server.url), "server.md", "exec"), {})
@@ -32,6 +33,7 @@ def test_python(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(server: Running, tmp_path: Path) -> None:
+    server.studio.seconds = 0.02
     (block,) = (each for each in BLOCKS["sh"] if "curl" in each)
     words = ["sh", "-e", "-c", block.replace(ADDRESS, server.url)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -46,7 +46,7 @@ def test_the_walk_finds_them_all() -> None:
 @pytest.mark.parametrize(("method", "path"), ROUTES, ids=lambda value: value)
 def test_a_key_is_needed(shut: httpx.Client, method: str, path: str) -> None:
     place = re.sub(r"\{[^}]*\}", "0", path)
-    wrong = ({}, {"x-api-key": "a-first-ke"}, {"authorization": "Bearer "}, {"authorization": KEYS[0]})
+    wrong = ({}, {"x-api-key": "a-first-ke"}, {"authorization": "Bearer x"}, {"authorization": KEYS[0]})
     if path in OPEN:
         assert shut.request(method, place).status_code not in (401, 403)
         return
@@ -54,6 +54,8 @@ def test_a_key_is_needed(shut: httpx.Client, method: str, path: str) -> None:
         answer = shut.request(method, place, headers=headers)
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
+    for headers in ({}, {"authorization": "Bearer"}, {"x-api-key": ""}):
+        assert shut.request(method, place, headers=headers).status_code == 401
     for headers in ({"x-api-key": KEYS[0]}, {"authorization": f"bearer {KEYS[1]}"}):
         answer = shut.request(method, place, headers=headers)
         assert answer.status_code != 401

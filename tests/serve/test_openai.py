@@ -103,10 +103,12 @@ def test_by_url(ai: openai.OpenAI) -> None:
     assert httpx.get(f"{url}x", trust_env=False).status_code == 404
 
 
-def test_stream(ai: openai.OpenAI) -> None:
+def test_stream(ai: openai.OpenAI, server: Running) -> None:
+    server.studio.hold()
     stream = ai.images.generate(
         prompt="x", stream=True, partial_images=3, n=2, extra_body={"num_inference_steps": 8, "seed": 5}
     )
+    server.studio.go()
     events: list[Any] = list(stream)
     parts = [each for each in events if each.type == "image_generation.partial_image"]
     ended = [each for each in events if each.type == "image_generation.completed"]
@@ -164,11 +166,12 @@ def test_edit(ai: openai.OpenAI, server: Running) -> None:
 def test_the_transparent_part_is_painted_over(ai: openai.OpenAI, server: Running) -> None:
     mask = Image.new("RGBA", (64, 96), (10, 20, 30, 255))
     mask.paste((0, 0, 0, 0), (0, 0, 32, 96))
-    events = list(
-        ai.images.edit(
-            image=[GRAY], mask=png(mask, "WEBP"), prompt="x", stream=True, partial_images=1, size="64x32"
-        )
+    server.studio.hold()
+    stream = ai.images.edit(
+        image=[GRAY], mask=png(mask, "WEBP"), prompt="x", stream=True, partial_images=1, size="64x32"
     )
+    server.studio.go()
+    events = list(stream)
     assert [each.type for each in events] == ["image_edit.partial_image", "image_edit.completed"]
     assert opened(events[1].b64_json).size == (64, 32)
     asked = server.studio.asked[-1].request

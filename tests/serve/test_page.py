@@ -45,7 +45,7 @@ def page(browser: Chrome, server: Running) -> Iterator[Page]:
     page.open()
     page.wait_ready()
     yield page
-    server.studio.pace = 0.0
+    server.studio.seconds = 0.0
     assert page.complaints() == []
 
 
@@ -64,7 +64,7 @@ def picture_file(folder: Path, size: tuple[int, int] = (192, 128)) -> Path:
 
 
 def test_a_prompt_becomes_a_picture(page: Page, server: Running) -> None:
-    server.studio.pace = SLOW
+    server.studio.seconds = SLOW
     page.paint("a red circle")
     shown = "return document.getElementById('preview').toDataURL()"
     until(lambda: page.shown("preview"))
@@ -254,7 +254,7 @@ def test_a_picture_is_downloaded_with_its_parameters(page: Page, tmp_path: Path)
 
 
 def test_the_keyboard_is_enough(page: Page, server: Running) -> None:
-    server.studio.pace = SLOW
+    server.studio.seconds = SLOW
     keys = ActionChains(page.browser)
     page.run("document.body.focus()")
     keys.send_keys(Keys.TAB).perform()
@@ -471,7 +471,7 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Serve) -> None:
     until(lambda: page.shown("key-dialog"))
     page.find("key").send_keys("anna" + Keys.ENTER)
     page.wait_ready()
-    server.studio.pace = SLOW
+    server.studio.seconds = SLOW
     page.paint("a red circle")
     until(lambda: page.shown("preview"))
     page.painted()
