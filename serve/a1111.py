@@ -57,9 +57,8 @@ class WebUI:
         self._chosen: dict[str | None, str] = {}
 
     def router(self) -> APIRouter:
-        """All routes, those of lists too."""
-        router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
-        router.include_router(a1111_lists.router)
+        """All of them; those of lists are in `a1111_lists`."""
+        router = APIRouter(prefix=a1111_lists.PREFIX, tags=[a1111_lists.TAG])
         post: dict[str, Any] = {"methods": ["POST"]}
         get: dict[str, Any] = {"methods": ["GET"], "responses": a1111_lists.LISTING}
         for path, paint, fields in (("/txt2img", self.txt2img, Txt2Img), ("/img2img", self.img2img, Img2Img)):

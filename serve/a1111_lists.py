@@ -25,9 +25,10 @@ EMPTY = (
     "extensions",
 )
 """What that web UI has and this server has not, each a list."""
+PREFIX, TAG = "/sdapi/v1", "AUTOMATIC1111"
 LISTING = documented(401, 403, 500, model=Detail)
 
-router = APIRouter()
+router = APIRouter(prefix=PREFIX, tags=[TAG])
 Listed = list[dict[str, Any]]
 
 

@@ -444,6 +444,19 @@ def test_a_painting_goes_on_over_a_reload(page: Page, server: Running) -> None:
     page.painted()
 
 
+def test_a_lost_connection_is_taken_up_again(page: Page, server: Running) -> None:
+    page.run("""
+        const fetched = fetch;
+        window.broken = true;
+        window.fetch = (path, ...rest) => window.broken && path.endsWith("/events")
+          ? Promise.reject(new TypeError("broken")) : fetched(path, ...rest);
+    """)
+    page.paint("a red circle")
+    until(lambda: "Trying again" in page.text("progress-text"))
+    page.run("window.broken = false")
+    page.painted()
+
+
 def test_several_models_can_be_chosen(browser: Chrome, serve: Serve) -> None:
     server = serve(FakeStudio(("shapes", "other"), LIMITS))
     page = Page(browser, server.url)
