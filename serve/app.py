@@ -15,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from allaprima.bundle import VERSION, AllaprimaError
-from allaprima.serve import health, native, openai
+from allaprima.serve import a1111_lists, health, native, openai
+from allaprima.serve.a1111 import WebUI
 from allaprima.serve.context import Context
 from allaprima.serve.door import Door
 from allaprima.serve.encoding import Workers
@@ -25,6 +26,7 @@ from allaprima.serve.intake import BodyLimit
 from allaprima.serve.keys import Guard, check_keys
 from allaprima.serve.metrics import Metrics
 from allaprima.serve.notes import note
+from allaprima.serve.page_routes import page_router
 from allaprima.serve.settings import ServerSettings
 from allaprima.serve.studio import Studio
 
@@ -66,7 +68,8 @@ def create_app(
     app.state.context = context
     for kind in (AllaprimaError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
-    for router in (health.router, openai.router, native.router):
+    web_ui = (WebUI().router(), a1111_lists.router)
+    for router in (page_router(), health.router, openai.router, native.router, *web_ui):
         app.include_router(router)
     return app
 

@@ -105,7 +105,10 @@ def _invalid(errors: Sequence[Any]) -> Failure:
 
 
 def reply(failure: Failure, path: str) -> Response:
-    """The answer to a request for `path`: in OpenAI's envelope under /v1, else as FastAPI words it."""
+    """The answer to a request for `path`: in OpenAI's envelope under /v1, else as FastAPI words it.
+
+    Clients of AUTOMATIC1111's web UI find what they look for besides.
+    """
     status, headers, message = failure.status, dict(failure.headers), failure.message[:_LONGEST]
     body: dict[str, Any]
     if path.startswith("/v1/"):
@@ -116,6 +119,8 @@ def reply(failure: Failure, path: str) -> Response:
         body = {"error": error}
     else:
         body = {"detail": message if failure.details is None else failure.details}
+        if path.startswith("/sdapi/"):
+            body |= {"error": failure.code, "errors": message, "body": ""}
     # ASCII, because the name of an unknown field may hold what UTF-8 cannot.
     content = json.dumps(body, ensure_ascii=True).encode("ascii")
     return Response(content, status, headers, media_type="application/json")

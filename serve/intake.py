@@ -110,15 +110,16 @@ def wrong_kind(request: Request, *wanted: str) -> Refusal:
     )
 
 
-async def read_json(request: Request, model: type[Fields]) -> Fields:
+async def read_json(request: Request, model: type[Fields], *, strict: bool = True) -> Fields:
     """The fields of a JSON body.
 
-    Types are taken as they are: "7" is no number. Raises RequestValidationError, or Refusal for another kind.
+    If `strict`, types are taken as they are: "7" is no number. Raises RequestValidationError, or Refusal for
+    another kind.
     """
     if kind_of(request) != "application/json":
         raise wrong_kind(request, "application/json")
     try:
-        return model.model_validate_json(await request.body(), strict=True)
+        return model.model_validate_json(await request.body(), strict=strict)
     except ValidationError as error:
         raise _as_request_error(error) from error
 

@@ -5,6 +5,7 @@ Everything is shut but `OPEN`, whatever route may be added.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import ipaddress
 import secrets
@@ -77,7 +78,11 @@ class Guard:
     def _owner(self, headers: Headers) -> str | None:
         """Of the key that fits. All are compared, in constant time, whichever that is."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = headers.get("x-api-key", "")
+        if scheme.lower() == "bearer":
+            given = token.strip()
+        elif scheme.lower() == "basic":
+            given = _password(token)
         digest = hashlib.sha256(given.encode()).digest()
         found = [key for key in self._keys if secrets.compare_digest(key, digest)]
         return found[0].hex()[:16] if found and given else None
@@ -100,6 +105,14 @@ class Guard:
         if foreign:
             return Failure(403, "cross_site", "pages of other sites may not use a server without API keys")
         return None
+
+
+def _password(token: str) -> str:
+    """That of HTTP Basic, which clients of AUTOMATIC1111's web UI send; "" if it is none."""
+    try:
+        return base64.b64decode(token, validate=True).decode("ascii").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _is_known(host: str, names: Sequence[str]) -> bool:

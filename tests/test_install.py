@@ -21,6 +21,11 @@ print(*loaded)
 sys.exit(code)
 """
 
+LIST_PAGE = """
+from importlib.resources import files
+print(*(each.name for each in files("allaprima.serve").joinpath("page").iterdir()))
+"""
+
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,6 +53,14 @@ def test_paints_without_torch(python: Path, tmp_path: Path) -> None:
         assert b"ModuleNotFoundError" in missing.stderr, (
             f"{name} is installed: this environment proves nothing"
         )
+
+
+def test_the_page_of_the_server_comes_along(python: Path, tmp_path: Path) -> None:
+    listed = subprocess.run(
+        [python, "-c", LIST_PAGE], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    there = {path.name for path in (ROOT / "serve" / "page").iterdir()}
+    assert set(listed.stdout.split()) == there
 
 
 def test_export_names_its_extra(python: Path, tmp_path: Path) -> None:
