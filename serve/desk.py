@@ -8,17 +8,19 @@ from collections import OrderedDict, deque
 
 from allaprima.bundle import AllaprimaError, Manifest
 from allaprima.runtime import Result
+from allaprima.runtime.painting import plan_table
 from allaprima.runtime.preview import check_preview
 from allaprima.serve.errors import BusyError, CancelledError, DeadlineError, DrainingError, OverLimitError
 from allaprima.serve.jobs import Job, Order
 from allaprima.serve.limits import Limits, check_limits
+from allaprima.serve.watch import NOBODY, Watch
 
 
 class Desk:
     """Between those who order, on any thread, and the one thread that paints."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, watch: Watch = NOBODY) -> None:
+        self._limits, self._watch = limits, watch
         self._changed = threading.Condition()
         self._queue: deque[Job] = deque()
         self._running: list[Job] = []
@@ -36,6 +38,7 @@ class Desk:
         settings = order.request.check(manifest)
         check_preview(order.preview_every, manifest, heard=True)
         check_limits(self._limits, settings)
+        plan_table(manifest, settings)
         seconds = self._limits.deadline if order.deadline is None else order.deadline
         if not 0 < seconds <= self._limits.most_deadline:
             raise OverLimitError(
@@ -124,8 +127,9 @@ class Desk:
         return tuple(found)
 
     def end(self, job: Job, outcome: Result | Exception) -> None:
-        """A job is over."""
-        job.finish(outcome)
+        """A job is over. The first outcome counts."""
+        if not job.finish(outcome):
+            return
         with self._changed:
             if job in self._queue:
                 self._queue.remove(job)
@@ -136,6 +140,7 @@ class Desk:
             self._ended[job.id] = job
             self._forget()
             self._changed.notify_all()
+        self._watch.ended(job)
 
     def painted(self, seconds: float) -> None:
         """A picture took so many seconds of the device; what clients are told to wait goes by it."""
@@ -167,10 +172,19 @@ class Desk:
         return max(0.0, min(self._due.values()) - time.monotonic()) + 0.001
 
     def _forget(self) -> None:
-        """Drop what ended long ago, or too many of them."""
+        """Drop what ended long ago, and the oldest if there are too many or their pictures too large."""
         oldest = time.time() - self._limits.kept_seconds
+        size = sum(_size(job) for job in self._ended.values())
         while self._ended:
             job = next(iter(self._ended.values()))
-            if len(self._ended) <= self._limits.kept and (job.status.ended or 0.0) > oldest:
+            few = len(self._ended) <= self._limits.kept and size <= self._limits.kept_bytes
+            if few and (job.status.ended or 0.0) > oldest:
                 break
+            size -= _size(job)
             del self._ended[job.id]
+
+
+def _size(job: Job) -> int:
+    """Bytes that the pictures of a job take."""
+    images = () if job.result is None else job.result.images
+    return sum(image.width * image.height * len(image.getbands()) for image in images)

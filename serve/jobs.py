@@ -169,11 +169,11 @@ class Job:
         for listener in listeners:
             listener(event)
 
-    def finish(self, outcome: Result | Exception) -> None:
-        """End it with its pictures or with what went wrong, and tell. The first outcome counts."""
+    def finish(self, outcome: Result | Exception) -> bool:
+        """End it with its pictures or with what went wrong, and tell; False if it had ended before."""
         with self._lock:
             if self._status.state in ENDED:
-                return
+                return False
             state: State = "done"
             error = None
             if isinstance(outcome, Exception):
@@ -186,6 +186,7 @@ class Job:
             self._listeners.clear()
         for listener in listeners:
             listener(event)
+        return True
 
     def _listen(self, listener: Listener) -> Event:
         """Add a listener unless the job has ended; what it is to be told first."""

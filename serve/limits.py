@@ -14,7 +14,8 @@ class Limits:
     UTF-8. `upload_bytes` bounds the body of an HTTP request, `upload_pixels` each picture in it.
 
     `queue` bounds the pictures that wait, `deadline` and `most_deadline` are the seconds that a job has if
-    its sender says nothing, and at most. `kept` jobs that ended can be asked for, for `kept_seconds`.
+    its sender says nothing, and at most. `kept` jobs that ended can be asked for, for `kept_seconds`, if
+    their pictures take no more than `kept_bytes` in memory together.
     """
 
     images: int = 8
@@ -29,6 +30,7 @@ class Limits:
     most_deadline: float = 3600.0
     kept: int = 64
     kept_seconds: float = 900.0
+    kept_bytes: int = 256 << 20
 
 
 def check_limits(limits: Limits, settings: Settings) -> None:

@@ -62,7 +62,7 @@ class Studio:
         Raises BundleError.
         """
         self._shelf = Shelf(bundles, opens, memory_limit)
-        self._desk = Desk(limits)
+        self._desk = Desk(limits, watch)
         defaults = self._shelf.find(None).bundle.manifest.defaults
         sizes = ((defaults.height, defaults.width),) if warm is None else tuple(warm)
         self._workshop = Workshop(self._shelf, self._desk, watch, lanes=lanes, warm=sizes, joins=joins)

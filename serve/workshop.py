@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from allaprima.serve.jobs import ENDED, Job
 from allaprima.serve.shelf import Shelf, Shelved
 from allaprima.serve.watch import Watch
 
+_LOG = logging.getLogger("allaprima.serve")
 MOST_LANES = 16
 """More were never worth it where it was measured."""
 MOST_GROUPS = 8
@@ -110,8 +112,8 @@ class Workshop:
             if pipeline is None:
                 return False
             settings = pipeline.settle(job.settings)
-        except AllaprimaError as error:
-            self._end(job, error)
+        except Exception as error:
+            self._end(job, _told(error))
             return True
         if not self._desk.begin(job):
             return True
@@ -127,8 +129,8 @@ class Workshop:
             group = self._groups.enter(
                 begun.model.name, painting, lambda: pipeline.lanes(painting.shape, self._most(*size))
             )
-        except AllaprimaError as error:
-            self._end(begun.job, error)
+        except Exception as error:
+            self._end(begun.job, _told(error))
             return True
         begun.paintings[painting] = index, group
         seconds = perf_counter() - started
@@ -146,10 +148,9 @@ class Workshop:
         try:
             previews = group.lanes.step()
             self._pipeline(self._shelf.find(group.model)).wait()
-        except (BackendError, MemoryError) as error:
-            reason = error if isinstance(error, BackendError) else BackendError("there is not enough memory")
+        except Exception as error:
             for job in {owners[painting].job for painting in present}:
-                self._end(job, reason)
+                self._end(job, _told(error))
             return True
         seconds = perf_counter() - started
         group.spent += seconds
@@ -176,9 +177,8 @@ class Workshop:
         started = perf_counter()
         try:
             result = self._pipeline(begun.model).finish(painting)
-        except (BackendError, MemoryError) as error:
-            reason = error if isinstance(error, BackendError) else BackendError("there is not enough memory")
-            self._end(begun.job, reason)
+        except Exception as error:
+            self._end(begun.job, _told(error))
             return True
         self._watch.staged(begun.model.name, "decode", perf_counter() - started)
         self._desk.painted(result.timings["total"])
@@ -194,7 +194,6 @@ class Workshop:
     def _end(self, job: Job, outcome: Result | Exception) -> None:
         self._discard(job)
         self._desk.end(job, outcome)
-        self._watch.ended(job)
 
     def _discard(self, job: Job) -> None:
         """Free the lanes of a job."""
@@ -240,6 +239,16 @@ class Workshop:
     def _pipeline(model: Shelved) -> Pipeline:
         assert model.pipeline is not None  # it is not unloaded while one of its pictures is painted
         return model.pipeline
+
+
+def _told(error: Exception) -> AllaprimaError:
+    """What a job failed with: it alone, whatever it was, and not the server."""
+    if isinstance(error, AllaprimaError):
+        return error
+    if isinstance(error, MemoryError):
+        return BackendError("there is not enough memory for this request: ask for fewer or smaller pictures")
+    _LOG.error("a picture failed", exc_info=error)
+    return BackendError(f"it could not be painted ({type(error).__name__}): the server's log says more")
 
 
 def _together(begun: Begun) -> Result:

@@ -17,6 +17,7 @@ from allaprima.serve.desk import Desk
 from allaprima.serve.errors import BusyError, CancelledError, DeadlineError, DrainingError, OverLimitError
 from allaprima.serve.jobs import Job, Order
 from allaprima.serve.limits import Limits
+from allaprima.serve.watch import Nobody
 
 LIMITS = Limits(queue=4, kept=2)
 
@@ -100,6 +101,8 @@ def test_bad_orders(desk: Desk, order: Any, manifest: Manifest) -> None:
     for deadline in (0, -1.0, 1e9):
         with pytest.raises(OverLimitError, match=r"deadline is .* give more than 0, and at most 3600"):
             order(deadline=deadline)
+    with pytest.raises(RequestError, match="there is no sampler 'best'"):
+        order(sampler="best")
     with pytest.raises(RequestError, match="preview_every"):
         desk.accept(Order(Request("a"), preview_every=-1), "shapes", manifest)
     unseen = replace(manifest, preview=None)
@@ -189,6 +192,30 @@ def test_ended_jobs_are_forgotten_in_time(order: Any, manifest: Manifest) -> Non
     time.sleep(0.06)
     assert desk.find(jobs[2].id) is None
     assert desk.find("nobody") is None
+
+
+def test_large_pictures_are_forgotten_first(manifest: Manifest) -> None:
+    desk = Desk(replace(LIMITS, kept_bytes=8 * 8 * 3 * 3))
+    jobs = [desk.accept(Order(Request("a", num_images=2)), "shapes", manifest) for _ in range(2)]
+    for job in jobs:
+        desk.begin(job)
+        desk.end(job, result(2))
+    assert [desk.find(job.id) for job in jobs] == [None, jobs[1]]
+
+
+def test_every_end_is_told_once(manifest: Manifest) -> None:
+    class Watching(Nobody):
+        def ended(self, job: Job) -> None:
+            told.append(job)
+
+    told: list[Job] = []
+    desk = Desk(LIMITS, Watching())
+    one, other = (desk.accept(Order(Request("a")), "shapes", manifest) for _ in range(2))
+    desk.begin(one)
+    desk.drain()
+    desk.end(one, result())
+    desk.end(one, CancelledError("too late"))
+    assert told == [other, one]
 
 
 def test_events(desk: Desk, order: Any) -> None:

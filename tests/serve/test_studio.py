@@ -195,6 +195,18 @@ def test_a_picture_that_fails(studio: Studio, monkeypatch: pytest.MonkeyPatch, w
     assert len(done(studio.submit(Order(Request("a", num_inference_steps=1, **SMALL)))).images) == 1
 
 
+def test_an_exception_that_nobody_thought_of(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("at /a/secret/path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "prepare", fail)
+        with pytest.raises(BackendError, match=r"could not be painted \(ZeroDivisionError\)"):
+            done(studio.submit(Order(Request("a", num_inference_steps=1, **SMALL))))
+    assert studio.ready
+    assert len(done(studio.submit(Order(Request("a", num_inference_steps=1, **SMALL)))).images) == 1
+
+
 def test_a_step_that_fails(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
