@@ -77,7 +77,7 @@ class Pipeline:
         """
         self.bundle = bundle
         self.backend = backend
-        self.precision = sessions["denoiser"].precision
+        self.precision = _arithmetic(bundle, sessions["denoiser"])
         weigh = weigh or functools.partial(weigh_files, bundle)
         self._components = Components(sessions, opens=opens, limit=memory_limit, weigh=weigh)
         self._stages = Staging(bundle, self._components)
@@ -310,6 +310,12 @@ class Pipeline:
             precision=self.precision,
             version=VERSION,
         )
+
+
+def _arithmetic(bundle: Bundle, denoiser: Session) -> str:
+    """What the denoiser computes in: "bf16", or "int8+bf16" where its large layers are quantized."""
+    made = bundle.component("denoiser").quantization
+    return denoiser.precision if made is None else f"{made.dtype}+{denoiser.precision}"
 
 
 def _seeds(settings: Settings, index: int) -> dict[str, int | None]:
