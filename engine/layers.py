@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from allaprima.engine.givers import Giver, find_givers
 from allaprima.engine.graph import Graph
 
 SENSITIVE = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "add_embedding")
 """What diffusers calls the layers at a UNet's two ends, where the picture itself comes in and out, and those
 that make the time: small, and all others depend on them."""
 _PASSING = ("Cast", "Reshape", "Transpose", "Expand", "Unsqueeze", "Squeeze", "Identity")
-_NORMS = ("LayerNormalization", "GroupNormalization")
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,12 @@ class Layer:
 class Entrance:
     """An activation [..,C] or [B,C,H,W] that is rounded, and the layers that take it.
 
-    `norm` is the node that makes it for them alone, by weights [C] that can take up a factor for each
-    channel; None if there is none such.
+    `givers` are the parameters that can take up a factor for each channel; none if there are none such.
     """
 
     name: str
     layers: tuple[Layer, ...]
-    norm: Any
+    givers: tuple[Giver, ...]
 
     @property
     def channels(self) -> int:
@@ -82,7 +80,11 @@ def find_entrances(graph: Graph) -> tuple[list[Entrance], int]:
         same = found.setdefault(layer.activation, [])
         if not same or same[0].convolves == layer.convolves:
             same.append(layer)
-    return [_entrance(graph, name, layers) for name, layers in found.items()], total
+    entrances = []
+    for name, layers in found.items():
+        givers = find_givers(graph, name, layers[0].channels, len(layers))
+        entrances.append(Entrance(name, tuple(layers), givers))
+    return entrances, total
 
 
 def _convolution(graph: Graph, node: Any) -> Layer | None:
@@ -118,21 +120,3 @@ def _is_given(graph: Graph, name: str) -> bool:
             return False
         name = producer.input[0]
     return True
-
-
-def _entrance(graph: Graph, name: str, layers: Sequence[Layer]) -> Entrance:
-    norm = graph.producers.get(name)
-    if norm is not None:
-        own = [each for each in norm.input[1:] if each]
-        alone = len(graph.users[name]) == len(layers) and not any(
-            output.name == name for output in graph.model.graph.output
-        )
-        private = all(
-            each in graph.initializers
-            and len(graph.users[each]) == 1
-            and list(graph.initializers[each].dims) == [layers[0].channels]
-            for each in own
-        )
-        if norm.op_type not in _NORMS or not own or not alone or not private:
-            norm = None
-    return Entrance(name, tuple(layers), norm)

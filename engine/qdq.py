@@ -7,7 +7,7 @@ Those that have kernels for 8 bits move the DequantizeLinear behind the product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ class Rounded:
 
 
 def plan_rounding(graph: Graph, entrance: Entrance, seen: Range) -> Rounded:
-    """The best scale for what was seen of an activation, its channels evened out where its norm can do it."""
+    """The best scale for what was seen of an activation, its channels evened out where its givers can."""
     dtype = graph.dtype(entrance.layers[0].weight)
     factors = None
-    if entrance.norm is not None:
+    if entrance.givers:
         most = np.max([_largest(graph, layer) for layer in entrance.layers], axis=0)
         factors = even_out(seen.largest, most)
         seen = seen.divided(factors)
@@ -61,23 +61,22 @@ def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
 
     The weights go beside `path`. Raises BundleError if the graph made is not valid, OSError.
     """
-    weights = {name: _unchanged(graph, name) for name in graph.stored()}
+    parameters = Parameters(graph, plan)
+    weights = {name: parameters.unchanged(name) for name in graph.stored()}
     small: list[Any] = [numpy_helper.from_array(np.int8(0), _ZERO)]
     before: dict[str, list[Any]] = {}
     dropped: set[str] = set()
     swapped: dict[str, tuple[str, str]] = {}
     for each in plan:
-        name = each.entrance.name
-        dtype = graph.dtype(each.entrance.layers[0].weight)
-        small.append(numpy_helper.from_array(np.asarray(each.scale, dtype), f"{name}{_SCALE}"))
-        before[each.entrance.layers[0].output] = _pair(name)
-        for parameter in () if each.factors is None else [n for n in each.entrance.norm.input[1:] if n]:
-            weights[parameter] = _divided(graph, parameter, each.factors)
-        for layer in each.entrance.layers:
+        name, layers = each.entrance.name, each.entrance.layers
+        scale = np.asarray(each.scale, graph.dtype(layers[0].weight))
+        small.append(numpy_helper.from_array(scale, f"{name}{_SCALE}"))
+        before[layers[0].output] = _pair(name)
+        for layer in layers:
             swapped[layer.output] = f"{name}/dequantized", f"{layer.weight}/dequantized"
             before.setdefault(layer.output, []).append(_dequantize(layer))
             dropped |= {layer.transpose} - {""}
-            weights |= _rounded(graph, layer, each.factors)
+            weights |= parameters.rounded(layer, each.factors)
     nodes = []
     for node in graph.model.graph.node:
         if node.output[0] in dropped:
@@ -134,43 +133,46 @@ def _dequantize(layer: Layer) -> Any:
     )
 
 
-def _rounded(graph: Graph, layer: Layer, factors: Floats | None) -> Mapping[str, Weight]:
-    """A layer's weight and its scales, by their names. A matrix is stored [in,out], as it is used."""
-    dtype = graph.dtype(layer.weight)
-    shape = tuple(graph.initializers[layer.weight].dims)
+class Parameters:
+    """A graph's parameters as they are to be stored: computed when they are written, one at a time."""
 
-    return {
-        layer.weight: Weight(
-            kind_of(np.int8),
-            shape if layer.convolves else shape[::-1],
-            lambda: _round(graph, layer, factors)[0],
-        ),
-        f"{layer.weight}{_SCALE}": Weight(
-            kind_of(dtype), shape[:1], lambda: _round(graph, layer, factors)[1]
-        ),
-    }
+    def __init__(self, graph: Graph, plan: Sequence[Rounded]) -> None:
+        self._graph = graph
+        self._taken: dict[str, list[tuple[int, Floats]]] = {}
+        for each in plan:
+            for giver in () if each.factors is None else each.entrance.givers:
+                self._taken.setdefault(giver.name, []).append((giver.start, each.factors))
 
+    def unchanged(self, name: str) -> Weight:
+        """A parameter in its own type, over the factors that it takes up."""
+        tensor, dtype = self._graph.initializers[name], self._graph.dtype(name)
 
-def _round(graph: Graph, layer: Layer, factors: Floats | None) -> tuple[Array, Array]:
-    """The values and scales of a layer's weight: computed when they are written, one weight in memory."""
-    dtype = graph.dtype(layer.weight)
-    weight = graph.read(layer.weight).astype(np.float32)
-    if factors is not None:
-        weight *= factors.reshape(-1, *(1,) * (weight.ndim - 2))
-    values, scale = round_weight(weight, 0, dtype)
-    return values if layer.convolves else values.T, scale.astype(dtype)
+        def values() -> Array:
+            return self._read(name).astype(dtype) if name in self._taken else self._graph.read(name)
 
+        return Weight(tensor.data_type, tuple(tensor.dims), values)
 
-def _unchanged(graph: Graph, name: str) -> Weight:
-    tensor = graph.initializers[name]
-    return Weight(tensor.data_type, tuple(tensor.dims), lambda: graph.read(name))
+    def rounded(self, layer: Layer, factors: Floats | None) -> dict[str, Weight]:
+        """A layer's weight in 8 bits and its scales, by their names. A matrix is stored [in,out], as used."""
+        name, shape = layer.weight, tuple(self._graph.initializers[layer.weight].dims)
 
+        def both() -> tuple[Array, Array]:
+            weight = self._read(name)
+            if factors is not None:
+                weight = weight * factors.reshape(-1, *(1,) * (weight.ndim - 2))
+            dtype = self._graph.dtype(name)
+            values, scale = round_weight(weight, 0, dtype)
+            return values if layer.convolves else values.T, scale.astype(dtype)
 
-def _divided(graph: Graph, name: str, factors: Floats) -> Weight:
-    """A norm's weight or bias [C] over factors."""
-    tensor, dtype = graph.initializers[name], graph.dtype(name)
-    return Weight(
-        tensor.data_type,
-        tuple(tensor.dims),
-        lambda: (graph.read(name).astype(np.float32) / factors).astype(dtype),
-    )
+        turned = shape if layer.convolves else shape[::-1]
+        return {
+            name: Weight(kind_of(np.int8), turned, lambda: both()[0]),
+            f"{name}{_SCALE}": Weight(self._graph.initializers[name].data_type, shape[:1], lambda: both()[1]),
+        }
+
+    def _read(self, name: str) -> Floats:
+        values: Floats = self._graph.read(name).astype(np.float32)
+        for start, factors in self._taken.get(name, ()):
+            rows = values[start : start + len(factors)]
+            rows /= factors.reshape(-1, *(1,) * (rows.ndim - 1))
+        return values

@@ -1,8 +1,8 @@
 """The arithmetic of 8 bits: scales, what they cost, and channels that are evened out before.
 
-A value is stored as `round(value / scale)`, ties to even, limited to [-127, 127]: ONNX's QuantizeLinear with
-a zero point of 0, which is the only one that TensorRT takes. -128 is left out, so that the range is the same
-to both sides.
+A value is stored as `round(value / scale)`, ties to even, limited to [-128, 127]: ONNX's QuantizeLinear with
+a zero point of 0, which is the only one that TensorRT takes. Weights leave out -128, so that their range is
+the same to both sides.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def choose_scale(seen: Range, dtype: DTypeLike) -> tuple[float, float]:
     best = float(round_scale(np.asarray(seen.largest.max() / LARGEST), dtype)), np.inf
     for share in _SHARES[::-1]:
         scale = float(round_scale(np.asarray(share * seen.largest.max() / LARGEST), dtype))
-        steps = np.clip(np.rint(values / np.float32(scale)), -LARGEST, LARGEST)
+        steps = np.clip(np.rint(values / np.float32(scale)), -LARGEST - 1, LARGEST)
         error = float(np.square(values - steps * np.float32(scale), dtype=np.float64).mean())
         if error < best[1]:
             best = scale, error

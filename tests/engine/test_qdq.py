@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from allaprima.bundle import BundleError
+from allaprima.engine.givers import Giver
 from allaprima.engine.graph import WEIGHTS, Graph, Weight, kind_of, write_weights
 from allaprima.engine.layers import find_entrances
 from allaprima.engine.qdq import Rounded, plan_rounding, write_rounded
@@ -123,8 +124,9 @@ def test_what_is_rounded(tmp_path: Path) -> None:
     assert found == {"b": ["unet.middle.weight"], "n": ["unet.to_q.weight", "unet.to_k.weight"]}
     assert total == 6
     convolution, product = entrances
-    assert (convolution.channels, convolution.convolves, convolution.norm) == (8, True, None)
-    assert (product.channels, product.convolves, product.norm.op_type) == (8, False, "LayerNormalization")
+    assert (convolution.channels, convolution.convolves, convolution.givers) == (8, True, ())
+    assert (product.channels, product.convolves) == (8, False)
+    assert product.givers == (Giver("unet.norm.weight"), Giver("unet.norm.bias"))
 
 
 def test_a_norm_that_others_use_too_takes_no_factors(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_a_norm_that_others_use_too_takes_no_factors(tmp_path: Path) -> None:
     model.graph.output.append(onnx.helper.make_tensor_value_info("n", 1, None))
     path.write_bytes(model.SerializeToString())
     entrances, _ = find_entrances(Graph(path))
-    assert [each.norm for each in entrances] == [None, None]
+    assert [each.givers for each in entrances] == [(), ()]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

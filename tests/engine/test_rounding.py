@@ -97,7 +97,7 @@ def test_evened_out_channels_lose_less() -> None:
 
     def product(seen: Range, weight: np.ndarray) -> np.ndarray:
         scale, _ = choose_scale(seen, np.float32)
-        steps = np.clip(np.rint(seen.rows / scale), -127, 127) * scale
+        steps = np.clip(np.rint(seen.rows / scale), -128, 127) * scale
         values, scales = round_weight(weight, 0, np.float32)
         return steps @ (values * scales[:, None]).T
 
