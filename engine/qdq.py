@@ -62,7 +62,7 @@ def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
     The weights go beside `path`. Raises BundleError if the graph made is not valid, OSError.
     """
     parameters = Parameters(graph, plan)
-    weights = {name: parameters.unchanged(name) for name in graph.stored()}
+    weights = {name: parameters.unchanged(name) for name in (*graph.stored(), *parameters.taken)}
     small: list[Any] = [numpy_helper.from_array(np.int8(0), _ZERO)]
     before: dict[str, list[Any]] = {}
     dropped: set[str] = set()
@@ -134,21 +134,25 @@ def _dequantize(layer: Layer) -> Any:
 
 
 class Parameters:
-    """A graph's parameters as they are to be stored: computed when they are written, one at a time."""
+    """A graph's parameters as they are to be stored: computed when they are written, one at a time.
+
+    Attributes:
+        taken: by name, where rows begin that are divided, and what by.
+    """
 
     def __init__(self, graph: Graph, plan: Sequence[Rounded]) -> None:
         self._graph = graph
-        self._taken: dict[str, list[tuple[int, Floats]]] = {}
+        self.taken: dict[str, list[tuple[int, Floats]]] = {}
         for each in plan:
             for giver in () if each.factors is None else each.entrance.givers:
-                self._taken.setdefault(giver.name, []).append((giver.start, each.factors))
+                self.taken.setdefault(giver.name, []).append((giver.start, each.factors))
 
     def unchanged(self, name: str) -> Weight:
         """A parameter in its own type, over the factors that it takes up."""
         tensor, dtype = self._graph.initializers[name], self._graph.dtype(name)
 
         def values() -> Array:
-            return self._read(name).astype(dtype) if name in self._taken else self._graph.read(name)
+            return self._read(name).astype(dtype) if name in self.taken else self._graph.read(name)
 
         return Weight(tensor.data_type, tuple(tensor.dims), values)
 
@@ -172,7 +176,7 @@ class Parameters:
 
     def _read(self, name: str) -> Floats:
         values: Floats = self._graph.read(name).astype(np.float32)
-        for start, factors in self._taken.get(name, ()):
+        for start, factors in self.taken.get(name, ()):
             rows = values[start : start + len(factors)]
             rows /= factors.reshape(-1, *(1,) * (rows.ndim - 1))
         return values
