@@ -19,7 +19,15 @@ from onnx import helper, numpy_helper
 from allaprima.bundle import BundleError
 from allaprima.engine.graph import WEIGHTS, Array, Graph, Weight, kind_of, write_weights
 from allaprima.engine.layers import Entrance, Layer
-from allaprima.engine.rounding import Floats, Range, choose_scale, even_out, round_weight
+from allaprima.engine.rounding import (
+    STRENGTHS,
+    Floats,
+    Range,
+    choose_scale,
+    even_out,
+    product_error,
+    round_weight,
+)
 
 _SCALE = "_scale"
 _ZERO = "int8_zero_point"
@@ -41,19 +49,25 @@ class Rounded:
 def plan_rounding(graph: Graph, entrance: Entrance, seen: Range) -> Rounded:
     """The best scale for what was seen of an activation, its channels evened out where its givers can."""
     dtype = graph.dtype(entrance.layers[0].weight)
-    factors = None
-    if entrance.givers:
-        most = np.max([_largest(graph, layer) for layer in entrance.layers], axis=0)
-        factors = even_out(seen.largest, most)
-        seen = seen.divided(factors)
-    scale, error = choose_scale(seen, dtype)
+    factors = _best_factors(graph, entrance, seen) if entrance.givers else None
+    scale, error = choose_scale(seen if factors is None else seen.divided(factors), dtype)
     return Rounded(entrance, scale, factors, error)
 
 
-def _largest(graph: Graph, layer: Layer) -> Floats:
-    """The largest magnitude of the weights that multiply each channel [C]."""
-    weight = np.abs(graph.read(layer.weight).astype(np.float32))
-    return np.asarray(weight.max(axis=(0, *range(2, weight.ndim))), np.float32)
+def _best_factors(graph: Graph, entrance: Entrance, seen: Range) -> Floats | None:
+    """The factors with which the layers are least off; None if that is without any."""
+    weights = [graph.read(layer.weight).astype(np.float32) for layer in entrance.layers]
+    if any(weight.ndim > 2 and weight.shape[2:] != (1, 1) for weight in weights):
+        return None  # rows of channels do not tell what a larger kernel makes
+    weight = np.concatenate([weight.reshape(weight.shape[:2]) for weight in weights])
+    most, dtype = np.abs(weight).max(0), graph.dtype(entrance.layers[0].weight)
+    best, least = None, product_error(seen, weight, dtype)
+    for strength in STRENGTHS:
+        factors = even_out(seen.largest, most, strength)
+        error = product_error(seen.divided(factors), weight * factors, dtype)
+        if error < least:
+            best, least = factors, error
+    return best
 
 
 def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
