@@ -20,13 +20,13 @@ Array = NDArray[Any]
 WEIGHTS = "weights.safetensors"
 """A graph's weights, as external data of the ONNX file beside it."""
 _NAMES = {
-    TensorProto.FLOAT: "F32",
-    TensorProto.FLOAT16: "F16",
-    TensorProto.BFLOAT16: "BF16",
-    TensorProto.INT8: "I8",
-    TensorProto.INT32: "I32",
-    TensorProto.INT64: "I64",
-    TensorProto.BOOL: "BOOL",
+    int(TensorProto.FLOAT): "F32",
+    int(TensorProto.FLOAT16): "F16",
+    int(TensorProto.BFLOAT16): "BF16",
+    int(TensorProto.INT8): "I8",
+    int(TensorProto.INT32): "I32",
+    int(TensorProto.INT64): "I64",
+    int(TensorProto.BOOL): "BOOL",
 }
 """What safetensors calls the types of ONNX that weights have."""
 
@@ -55,6 +55,10 @@ class Graph:
         for node in graph.node:
             for place, name in enumerate(node.input):
                 self.users[name].append((node, place))
+
+    def count_uses(self, name: str) -> int:
+        """How many times a value is used; as an output of the graph too."""
+        return len(self.users[name]) + [each.name for each in self.model.graph.output].count(name)
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """The type of an initializer."""

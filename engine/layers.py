@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from allaprima.engine.givers import Giver, find_givers
 from allaprima.engine.graph import Graph
 
 SENSITIVE = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "add_embedding")
 """What diffusers calls the layers at a UNet's two ends, where the picture itself comes in and out, and those
 that make the time: small, and all others depend on them."""
+_NORMS = ("LayerNormalization", "GroupNormalization")
 _PASSING = ("Cast", "Reshape", "Transpose", "Expand", "Unsqueeze", "Squeeze", "Identity")
 
 
@@ -43,12 +43,13 @@ class Layer:
 class Entrance:
     """An activation [..,C] or [B,C,H,W] that is rounded, and the layers that take it.
 
-    `givers` are the parameters that can take up a factor for each channel; none if there are none such.
+    `givers` are the weight and the bias of the norm that makes it for them alone, which can take up a factor
+    for each channel; none if there is no such norm.
     """
 
     name: str
     layers: tuple[Layer, ...]
-    givers: tuple[Giver, ...]
+    givers: tuple[str, ...]
 
     @property
     def channels(self) -> int:
@@ -80,11 +81,7 @@ def find_entrances(graph: Graph) -> tuple[list[Entrance], int]:
         same = found.setdefault(layer.activation, [])
         if not same or same[0].convolves == layer.convolves:
             same.append(layer)
-    entrances = []
-    for name, layers in found.items():
-        givers = find_givers(graph, name, layers[0].channels, len(layers))
-        entrances.append(Entrance(name, tuple(layers), givers))
-    return entrances, total
+    return [Entrance(name, tuple(each), _givers(graph, name, each)) for name, each in found.items()], total
 
 
 def _convolution(graph: Graph, node: Any) -> Layer | None:
@@ -120,3 +117,12 @@ def _is_given(graph: Graph, name: str) -> bool:
             return False
         name = producer.input[0]
     return True
+
+
+def _givers(graph: Graph, name: str, layers: list[Layer]) -> tuple[str, ...]:
+    norm = graph.producers.get(name)
+    if norm is None or norm.op_type not in _NORMS or graph.count_uses(name) != len(layers):
+        return ()
+    givers = tuple(str(each) for each in norm.input[1:] if each)
+    private = all(each in graph.initializers and graph.count_uses(each) == 1 for each in givers)
+    return givers if private else ()

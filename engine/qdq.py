@@ -19,15 +19,7 @@ from onnx import helper, numpy_helper
 from allaprima.bundle import BundleError
 from allaprima.engine.graph import WEIGHTS, Array, Graph, Weight, kind_of, write_weights
 from allaprima.engine.layers import Entrance, Layer
-from allaprima.engine.rounding import (
-    STRENGTHS,
-    Floats,
-    Range,
-    choose_scale,
-    even_out,
-    product_error,
-    round_weight,
-)
+from allaprima.engine.rounding import Floats, Range, choose_scale, even_out, round_weight
 
 _SCALE = "_scale"
 _ZERO = "int8_zero_point"
@@ -47,27 +39,21 @@ class Rounded:
 
 
 def plan_rounding(graph: Graph, entrance: Entrance, seen: Range) -> Rounded:
-    """The best scale for what was seen of an activation, its channels evened out where its givers can."""
+    """The best scale for what was seen of an activation, its channels evened out where its norm can."""
     dtype = graph.dtype(entrance.layers[0].weight)
-    factors = _best_factors(graph, entrance, seen) if entrance.givers else None
-    scale, error = choose_scale(seen if factors is None else seen.divided(factors), dtype)
+    factors = None
+    if entrance.givers:
+        most = np.max([_largest(graph, layer) for layer in entrance.layers], axis=0)
+        factors = even_out(seen.largest, most)
+        seen = seen.divided(factors)
+    scale, error = choose_scale(seen, dtype)
     return Rounded(entrance, scale, factors, error)
 
 
-def _best_factors(graph: Graph, entrance: Entrance, seen: Range) -> Floats | None:
-    """The factors with which the layers are least off; None if that is without any."""
-    weights = [graph.read(layer.weight).astype(np.float32) for layer in entrance.layers]
-    if any(weight.ndim > 2 and weight.shape[2:] != (1, 1) for weight in weights):
-        return None  # rows of channels do not tell what a larger kernel makes
-    weight = np.concatenate([weight.reshape(weight.shape[:2]) for weight in weights])
-    most, dtype = np.abs(weight).max(0), graph.dtype(entrance.layers[0].weight)
-    best, least = None, product_error(seen, weight, dtype)
-    for strength in STRENGTHS:
-        factors = even_out(seen.largest, most, strength)
-        error = product_error(seen.divided(factors), weight * factors, dtype)
-        if error < least:
-            best, least = factors, error
-    return best
+def _largest(graph: Graph, layer: Layer) -> Floats:
+    """The largest magnitude of the weights that multiply each channel [C]."""
+    weight = np.abs(graph.read(layer.weight).astype(np.float32))
+    return np.asarray(weight.max(axis=(0, *range(2, weight.ndim))), np.float32)
 
 
 def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
@@ -77,7 +63,7 @@ def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
     """
     parameters = Parameters(graph, plan)
     weights = {name: parameters.unchanged(name) for name in (*graph.stored(), *parameters.taken)}
-    small: list[Any] = [numpy_helper.from_array(np.int8(0), _ZERO)]
+    small: list[Any] = [numpy_helper.from_array(np.array(0, np.int8), _ZERO)]
     before: dict[str, list[Any]] = {}
     dropped: set[str] = set()
     swapped: dict[str, tuple[str, str]] = {}
@@ -151,15 +137,15 @@ class Parameters:
     """A graph's parameters as they are to be stored: computed when they are written, one at a time.
 
     Attributes:
-        taken: by name, where rows begin that are divided, and what by.
+        taken: the factors [C] that a parameter is divided by, by its name.
     """
 
     def __init__(self, graph: Graph, plan: Sequence[Rounded]) -> None:
         self._graph = graph
-        self.taken: dict[str, list[tuple[int, Floats]]] = {}
+        self.taken: dict[str, Floats] = {}
         for each in plan:
-            for giver in () if each.factors is None else each.entrance.givers:
-                self.taken.setdefault(giver.name, []).append((giver.start, each.factors))
+            if each.factors is not None:
+                self.taken |= dict.fromkeys(each.entrance.givers, each.factors)
 
     def unchanged(self, name: str) -> Weight:
         """A parameter in its own type, over the factors that it takes up."""
@@ -190,7 +176,4 @@ class Parameters:
 
     def _read(self, name: str) -> Floats:
         values: Floats = self._graph.read(name).astype(np.float32)
-        for start, factors in self.taken.get(name, ()):
-            rows = values[start : start + len(factors)]
-            rows /= factors.reshape(-1, *(1,) * (rows.ndim - 1))
-        return values
+        return values / self.taken[name] if name in self.taken else values

@@ -18,8 +18,8 @@ SMALLEST = 2.0**-16
 """Scales are at least this: a subnormal of float16, but one with 8 bits."""
 _SHARES = np.geomspace(0.2, 1.0, 41)
 """Of the largest value: where a range may be cut off."""
-STRENGTHS = (0.3, 0.5, 0.7)
-"""How much of the difference between channels may go from activations to weights."""
+_STRENGTH = 0.5
+"""How much of the difference between channels goes from activations to weights."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Range:
 
 def round_scale(scale: NDArray[np.floating], dtype: DTypeLike) -> Floats:
     """Scales as they can be stored in `dtype`: rounded before anything is divided by them costs nothing."""
-    return np.maximum(scale, SMALLEST).astype(dtype).astype(np.float32)
+    rounded: Floats = np.maximum(scale, SMALLEST).astype(dtype).astype(np.float32)
+    return rounded
 
 
 def round_weight(weight: Floats, axis: int, dtype: DTypeLike) -> tuple[NDArray[np.int8], Floats]:
@@ -65,26 +66,17 @@ def choose_scale(seen: Range, dtype: DTypeLike) -> tuple[float, float]:
     return best[0], float(np.sqrt(best[1] / power)) if power else 0.0
 
 
-def product_error(seen: Range, weight: Floats, dtype: DTypeLike) -> float:
-    """The mean squared error of rows [N,C] times a weight [M,C], both rounded, on what was seen."""
-    scale = np.float32(choose_scale(seen, dtype)[0])
-    rows = np.clip(np.rint(seen.rows / scale), -LARGEST - 1, LARGEST) * scale
-    values, scales = round_weight(weight, 0, dtype)
-    made = rows @ (values * scales[:, None]).T
-    return float(np.square(made - seen.rows @ weight.T).mean(dtype=np.float64))
-
-
-def even_out(largest: Floats, weights: Floats, strength: float) -> Floats:
+def even_out(largest: Floats, weights: Floats) -> Floats:
     """Factors [C] to divide activations by and to multiply weights by, for a product of both.
 
     `largest` are those of the activations' channels, `weights` those of the weights that multiply each. Where
     some channels are far larger than the others one scale for all leaves the others few steps; the weights
-    have a scale for each output, and bear it better, up to a point: `strength` 0 leaves the activations
-    uneven, 1 the weights. G. Xiao et al., "SmoothQuant", arXiv 2211.10438, equation 4.
+    have a scale for each output, and bear it better. G. Xiao et al., "SmoothQuant", arXiv 2211.10438,
+    equation 4.
     """
     known = (largest > 0) & (weights > 0)
     factors = np.ones_like(largest)
-    factors[known] = largest[known] ** strength / weights[known] ** (1 - strength)
+    factors[known] = largest[known] ** _STRENGTH / weights[known] ** (1 - _STRENGTH)
     if known.any():  # the mean is 1, so that nothing comes near the ends of float16
         factors[known] /= np.exp(np.log(factors[known]).mean())
     limited: Floats = np.clip(factors, 1 / 64, 64).astype(np.float32)

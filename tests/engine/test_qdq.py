@@ -13,7 +13,6 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from allaprima.bundle import BundleError
-from allaprima.engine.givers import Giver
 from allaprima.engine.graph import WEIGHTS, Graph, Weight, kind_of, write_weights
 from allaprima.engine.layers import find_entrances
 from allaprima.engine.qdq import Rounded, plan_rounding, write_rounded
@@ -126,7 +125,7 @@ def test_what_is_rounded(tmp_path: Path) -> None:
     convolution, product = entrances
     assert (convolution.channels, convolution.convolves, convolution.givers) == (8, True, ())
     assert (product.channels, product.convolves) == (8, False)
-    assert product.givers == (Giver("unet.norm.weight"), Giver("unet.norm.bias"))
+    assert product.givers == ("unet.norm.weight", "unet.norm.bias")
 
 
 def test_a_norm_that_others_use_too_takes_no_factors(tmp_path: Path) -> None:
