@@ -21,8 +21,10 @@ from allaprima.engine.graph import WEIGHTS, Array, Graph, Weight, kind_of, write
 from allaprima.engine.layers import Entrance, Layer
 from allaprima.engine.rounding import Floats, Range, choose_scale, even_out, round_weight
 
-_SCALE = "_scale"
-_ZERO = "int8_zero_point"
+SCALE = "_scale"
+"""What the name of a weight's or an activation's scale ends in."""
+ZERO = "int8_zero_point"
+"""The initializer of that name."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,17 @@ def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
     """
     parameters = Parameters(graph, plan)
     weights = {name: parameters.unchanged(name) for name in (*graph.stored(), *parameters.taken)}
-    small: list[Any] = [numpy_helper.from_array(np.array(0, np.int8), _ZERO)]
+    small: list[Any] = [numpy_helper.from_array(np.array(0, np.int8), ZERO)]
     before: dict[str, list[Any]] = {}
     dropped: set[str] = set()
     swapped: dict[str, tuple[str, str]] = {}
     for each in plan:
         name, layers = each.entrance.name, each.entrance.layers
-        scale = np.asarray(each.scale, graph.dtype(layers[0].weight))
-        small.append(numpy_helper.from_array(scale, f"{name}{_SCALE}"))
-        before[layers[0].output] = _pair(name)
+        small.append(scale_of(graph, each))
+        before[layers[0].output] = pair(name)
         for layer in layers:
             swapped[layer.output] = f"{name}/dequantized", f"{layer.weight}/dequantized"
-            before.setdefault(layer.output, []).append(_dequantize(layer))
+            before.setdefault(layer.output, []).append(dequantize(layer, layer.weight))
             dropped |= {layer.transpose} - {""}
             weights |= parameters.rounded(layer, each.factors)
     nodes = []
@@ -111,24 +112,30 @@ def _copied(message: Any) -> Any:
     return made
 
 
-def _pair(name: str) -> list[Any]:
+def pair(name: str) -> list[Any]:
     """The two nodes through which an activation goes."""
-    scale, narrow = f"{name}{_SCALE}", f"{name}/quantized"
+    scale, narrow = f"{name}{SCALE}", f"{name}/quantized"
     return [
-        helper.make_node("QuantizeLinear", [name, scale, _ZERO], [narrow], f"{name}/quantize"),
+        helper.make_node("QuantizeLinear", [name, scale, ZERO], [narrow], f"{name}/quantize"),
         helper.make_node(
-            "DequantizeLinear", [narrow, scale, _ZERO], [f"{name}/dequantized"], f"{name}/dequantize"
+            "DequantizeLinear", [narrow, scale, ZERO], [f"{name}/dequantized"], f"{name}/dequantize"
         ),
     ]
 
 
-def _dequantize(layer: Layer) -> Any:
+def scale_of(graph: Graph, plan: Rounded) -> Any:
+    """The initializer of an activation's scale."""
+    dtype = graph.dtype(plan.entrance.layers[0].weight)
+    return numpy_helper.from_array(np.asarray(plan.scale, dtype), f"{plan.entrance.name}{SCALE}")
+
+
+def dequantize(layer: Layer, weight: str) -> Any:
     """The node that makes a weight of its 8 bits: outputs are axis 0 of a convolution's, 1 of a matrix."""
     return helper.make_node(
         "DequantizeLinear",
-        [layer.weight, f"{layer.weight}{_SCALE}"],
-        [f"{layer.weight}/dequantized"],
-        f"{layer.weight}/dequantize",
+        [weight, f"{weight}{SCALE}"],
+        [f"{weight}/dequantized"],
+        f"{weight}/dequantize",
         axis=0 if layer.convolves else 1,
     )
 
@@ -171,7 +178,7 @@ class Parameters:
         turned = shape if layer.convolves else shape[::-1]
         return {
             name: Weight(kind_of(np.int8), turned, lambda: both()[0]),
-            f"{name}{_SCALE}": Weight(self._graph.initializers[name].data_type, shape[:1], lambda: both()[1]),
+            f"{name}{SCALE}": Weight(self._graph.initializers[name].data_type, shape[:1], lambda: both()[1]),
         }
 
     def _read(self, name: str) -> Floats:

@@ -9,12 +9,21 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from allaprima.bundle import BackendError, Bundle, BundleError, BundleWriter, Component, Quantization
+from allaprima.bundle import (
+    BackendError,
+    Bundle,
+    BundleError,
+    BundleWriter,
+    Component,
+    Quantization,
+    RequestError,
+)
 from allaprima.engine.calibration import DENOISER, Calibration, HeldOut, Way, observe
 from allaprima.engine.gauges import write_gauged
 from allaprima.engine.graph import Graph
 from allaprima.engine.layers import find_entrances
 from allaprima.engine.qdq import Rounded, plan_rounding, write_rounded
+from allaprima.engine.sensitivity import keep_best, measure_each
 from allaprima.runtime import backends, choose
 
 LIMIT = 0.1
@@ -42,6 +51,7 @@ def quantize_bundle(
     name: str | None = None,
     backend: str = "auto",
     threads: int | None = None,
+    most: float | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
@@ -49,6 +59,8 @@ def quantize_bundle(
 
     Ranges are those seen while `source` paints with `backend`, "openvino" or "ort" ("auto" is the first that
     works). All other files are linked where the disk allows, else copied. `name` is the source's with -int8.
+    With `most` the layers that cost most stay in float, until the error is about that or less: it takes as
+    many runs of the denoiser as it has activations to round, times three.
 
     Raises:
         BundleError: the denoiser is quantized already, or shares its weights; or `target` is taken.
@@ -56,8 +68,10 @@ def quantize_bundle(
         BackendError: neither backend works here, or the result is too far off.
     """
     component, manifest = _check(source), source.manifest
+    if most is not None and not most > 0:
+        raise RequestError(f"the largest error is {most}: give a share of the deviation above 0, as 0.03")
     way = Way(source, _choose(backend), threads)
-    tell = _teller(progress, calibration.samples)
+    tell = _Teller(progress, calibration.samples + 3)
     with BundleWriter(target, overwrite=overwrite) as writer:
         _take_over(source, writer.folder)
         path = writer.folder / component.graph
@@ -70,6 +84,10 @@ def quantize_bundle(
         tell("rounding")
         plan = [plan_rounding(graph, each, ranges.seen(each)) for each in entrances]
         kept = [each for each in plan if each.error <= LIMIT]
+        if most is not None:
+            tell.total += len(kept)
+            errors = measure_each(way, graph, kept, component, held_out, tell)
+            kept = keep_best(kept, errors, most)
         _replace(graph, kept, path)
         tell("measuring the error")
         made = Quantization(
@@ -117,15 +135,16 @@ def _choose(backend: str) -> str:
     return choose(able[0] if backend == "auto" and able else _ABLE[0] if backend == "auto" else backend)
 
 
-def _teller(progress: Callable[[Progress], None] | None, samples: int) -> Callable[[str], None]:
+class _Teller:
     """Tells of one stage after the other: each picture, the held-out one, rounding and measuring."""
-    done = iter(range(samples + 3))
 
-    def tell(stage: str) -> None:
-        if progress is not None:
-            progress(Progress(stage, next(done), samples + 3))
+    def __init__(self, progress: Callable[[Progress], None] | None, total: int) -> None:
+        self._progress, self._done, self.total = progress, 0, total
 
-    return tell
+    def __call__(self, stage: str) -> None:
+        if self._progress is not None:
+            self._progress(Progress(stage, self._done, self.total))
+        self._done += 1
 
 
 def _take_over(source: Bundle, folder: Path) -> None:
