@@ -76,7 +76,7 @@ def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
         for layer in layers:
             swapped[layer.output] = f"{name}/dequantized", f"{layer.weight}/dequantized"
             before.setdefault(layer.output, []).append(dequantize(layer, layer.weight))
-            dropped |= {layer.transpose} - {""}
+            dropped |= {layer.weight, layer.transpose} - {""}
             weights |= parameters.rounded(layer, each.factors)
     nodes = []
     for node in graph.model.graph.node:
@@ -91,6 +91,7 @@ def write_rounded(graph: Graph, plan: Sequence[Rounded], path: Path) -> None:
 
 
 def _save(graph: Graph, nodes: list[Any], initializers: list[Any], dropped: set[str], path: Path) -> None:
+    """Write the graph; `dropped` are values that are no more, or of another type."""
     made = graph.model.graph
     infos = [info for info in made.value_info if info.name not in dropped]
     # Copies: clearing a repeated field lets go of what is in it.

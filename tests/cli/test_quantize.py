@@ -41,12 +41,13 @@ def test_options_arrive(allaprima: Allaprima, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(module, "quantize_bundle", quantize)
     words = "--steps 3 --guidance 2.5 --size 256x128 --seed 5 --samples 4 --backend ort --threads 2 --force"
+    words += " --max-error 0.05"
     done = allaprima("quantize", "shapes", str(tmp_path), "a cat", *words.split(), "--name", "x")
     assert done.code == 130
     assert asked["calibration"] == Calibration(("a cat",), 4, 3, 2.5, 128, 256, 5)
     assert (asked["source"].folder, asked["target"]) == (resolve("shapes"), tmp_path)
-    given = asked["backend"], asked["threads"], asked["overwrite"], asked["name"]
-    assert given == ("ort", 2, True, "x")
+    given = asked["backend"], asked["threads"], asked["overwrite"], asked["name"], asked["most"]
+    assert given == ("ort", 2, True, "x", 0.05)
 
 
 @pytest.mark.parametrize(
