@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from allaprima.bundle import Bundle, Component, TensorSpec, open_bundle, resolve
+from allaprima.bundle import Bundle, Component, Manifest, TensorSpec, open_bundle, resolve
 from allaprima.cli.output import add_json, print_json, print_table, show_bytes
 
 
@@ -48,7 +48,7 @@ def _show_bundle(bundle: Bundle, options: argparse.Namespace) -> None:
     facts = {
         "name": manifest.name,
         "family": manifest.family,
-        "precision": manifest.precision,
+        "precision": _precision(manifest),
         "size": f"{show_bytes(size)} in {len(manifest.files)} files; {checked}",
         "pictures": f"{defaults.width}x{defaults.height}; both sides multiples of {latent.multiple}",
         "scheduler": manifest.scheduler.get("_class_name", "unknown"),
@@ -63,10 +63,22 @@ def _show_bundle(bundle: Bundle, options: argparse.Namespace) -> None:
     )
 
 
+def _precision(manifest: Manifest) -> str:
+    made = manifest.components["denoiser"].quantization if "denoiser" in manifest.components else None
+    return (
+        manifest.precision
+        if made is None
+        else f"{manifest.precision}, large layers of the denoiser in {made.dtype}"
+    )
+
+
 def _row(name: str, component: Component) -> tuple[str, ...]:
     worst = max((parity.relative for parity in component.parity), default=None)
     error = "not measured" if worst is None else f"{worst:.1e} of the deviation"
     weights = ", ".join(filter(None, (component.precision, component.weights)))
+    if (made := component.quantization) is not None:
+        weights += f"\n{made.layers} of {made.total} layers compute in {made.dtype}"
+        error = f"{made.error:.1e} of the deviation, against the graph in {component.precision}"
     return name, weights, _list(component.inputs), _list(component.outputs), error
 
 

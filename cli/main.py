@@ -15,6 +15,7 @@ from allaprima.bundle import VERSION, AllaprimaError, RequestError
 
 COMMANDS = {
     "export": "turn a checkpoint into a bundle (needs torch)",
+    "quantize": "let a bundle's denoiser compute in int8",
     "build": "compile a bundle for this machine",
     "generate": "paint pictures from a prompt",
     "serve": "paint over HTTP, for many users at once",

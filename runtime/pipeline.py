@@ -74,7 +74,7 @@ class Pipeline:
         """
         self.bundle = bundle
         self.backend = backend
-        self.precision = sessions["denoiser"].precision
+        self.precision = _arithmetic(bundle, sessions["denoiser"])
         weigh = weigh or functools.partial(weigh_files, bundle)
         self._components = Components(sessions, opens=opens, limit=memory_limit, weigh=weigh)
         self._stages = Staging(bundle, self._components)
@@ -308,3 +308,9 @@ class Pipeline:
             if not self._components.sessions:
                 raise BackendError("the pipeline is closed: open it again")
             yield self._components.sessions
+
+
+def _arithmetic(bundle: Bundle, denoiser: Session) -> str:
+    """What the denoiser computes in: "bf16", or "int8+bf16" where its large layers are quantized."""
+    made = bundle.component("denoiser").quantization
+    return denoiser.precision if made is None else f"{made.dtype}+{denoiser.precision}"

@@ -45,7 +45,8 @@ class Parameters:
     """How one picture was made: enough to make it again. `height` and `width` in pixels.
 
     `sampling` holds the fields of Sampling that were given, as JSON has them, and can be handed in again.
-    Pictures are not kept: in a `mix` None stands for one.
+    Pictures are not kept: in a `mix` None stands for one. `precision` is "int8+bf16" where large layers of
+    the denoiser compute in int8 and all else in bf16.
     """
 
     prompt: str

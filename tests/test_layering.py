@@ -38,7 +38,7 @@ ALL = ("bundle", "export", "engine", "runtime", "serve", "cli", "benchmarks", "m
 LAYERS = {
     "bundle": Layer((), ()),
     "export": Layer(("bundle",), (*EXPORT, "tokenizers", "torch", "transformers")),
-    "engine": Layer(("bundle", "runtime"), ("filelock", "numpy")),
+    "engine": Layer(("bundle", "runtime"), ("filelock", "numpy", "onnx")),
     "runtime": Layer(("bundle",), ("numpy", "PIL", "tokenizers")),
     "serve": Layer(
         ("bundle", "runtime"),

@@ -96,7 +96,7 @@ def _spare_weights(options: Any, component: Component) -> None:
     if component.float32_graph is not None:
         options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
         options.enable_cpu_mem_arena = False  # it would keep the widened weights
-    if component.weights is not None:
+    if component.weights is not None and component.quantization is None:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allaprima.bundle import BundleError, FileEntry, Latent, Manifest, Parity, TensorSpec
+from allaprima.bundle import BundleError, FileEntry, Latent, Manifest, Parity, Quantization, TensorSpec
 from allaprima.bundle.manifest import check_relative
 
 Change = Callable[[dict[str, Any]], object]
@@ -60,6 +60,28 @@ def test_later_fields_may_be_absent(document: dict[str, Any], manifest: Manifest
         Manifest.from_json(document)
     plain |= {"weights": None, "float32_graph": "../other.onnx"}
     with pytest.raises(BundleError, match="leaves the bundle"):
+        Manifest.from_json(document)
+
+
+def test_what_is_said_of_a_quantized_graph(document: dict[str, Any]) -> None:
+    plain = document["components"]["denoiser"]
+    assert "quantization" not in plain
+    said: dict[str, Any] = {"dtype": "int8", "layers": 3, "total": 4, "error": 0.01}
+    said |= {"held_out": 20, "samples": 8, "steps": 20}
+    plain["quantization"] = said
+    read = Manifest.from_json(document)
+    assert read.components["denoiser"].quantization == Quantization("int8", 3, 4, 0.01, 20, 8, 20)
+    assert read.to_json() == document
+    for change, words in (
+        ({"error": "small"}, "error"),
+        ({"layers": 5}, "5 of 4 layers"),
+        ({"error": -1}, "-1"),
+    ):
+        plain["quantization"] = said | change
+        with pytest.raises(BundleError, match=rf"components\.denoiser\.quantization.*{words}"):
+            Manifest.from_json(document)
+    plain["quantization"] = {"dtype": "int8"}
+    with pytest.raises(BundleError, match=r"missing field 'components\.denoiser\.quantization\.layers'"):
         Manifest.from_json(document)
 
 
