@@ -86,14 +86,14 @@ def open_session(
 def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
     """Measured: a compiled model keeps the graph's weights, and a copy in the order its kernels want.
 
-    What is stored in fp16 becomes fp32 in both; bf16 stays where the CPU has it. Of an engine, the first half
-    is mapped.
+    What is stored in fp16 becomes fp32 in both; bf16 stays where the CPU has it, and int8 that is multiplied
+    with int8. Of an engine, the first half is mapped.
     """
     if engines:
         weights = 2 * max(file.path.stat().st_size for file in engines)
     else:
         kept = component.precision in {"fp32", "bf16"} & set(precisions())
-        weights = stored(graph, component) * (2 if kept else 4)
+        weights = stored(graph, component) * (2 if kept else 4 if component.quantization is None else 3)
     return Footprint(weights, weights)
 
 

@@ -51,9 +51,14 @@ def open_session(
 
 
 def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
-    """Measured: one copy of the weights; of fp16 one in fp32 beside it, of int8 one in what is computed."""
+    """Measured: one copy of the weights; of fp16 one in fp32 beside it, of int8 one in what is computed.
+
+    Of a quantized graph it widens the weights, and keeps both.
+    """
     weights = stored(engines[0].path) if engines else stored(_own(graph, component), component)
-    if component.weights is not None:
+    if component.quantization is not None:
+        weights *= 6
+    elif component.weights is not None:
         weights *= 2
     elif component.precision == "fp16":
         weights *= 3
