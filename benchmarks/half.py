@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from allaprima.benchmarks.bundles import Model, export_bundles
 from allaprima.benchmarks.checkpoints import SHAPES
-from allaprima.benchmarks.likeness import psnr
+from allaprima.benchmarks.likeness import psnr, spread
 from allaprima.benchmarks.report import RESULTS, stamp, table, write_result
 from allaprima.bundle import AllaprimaError
 from allaprima.cli.machine import read_machine
@@ -74,12 +73,7 @@ def describe(found: Score, likeness: Sequence[float]) -> dict[str, Any]:
     """The figures of one way; no likeness is that of the first."""
     figures: dict[str, Any] = {"things": found.things, "relation": found.relation}
     if likeness:
-        ordered = sorted(likeness)
-        figures["psnr"] = {
-            "smallest": ordered[0],
-            "median": statistics.median(ordered),
-            "below 35": sum(each < 35 for each in ordered),
-        }
+        figures["psnr"] = spread(likeness)
     return figures
 
 

@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from allaprima.benchmarks.likeness import Picture, psnr, ssim
+from allaprima.benchmarks import step_cache
+from allaprima.benchmarks.likeness import ssim
 from allaprima.benchmarks.report import RESULTS, stamp, table, write_result
+from allaprima.benchmarks.step_cache import Painted
 from allaprima.bundle import AllaprimaError, Bundle, Quantization, open_bundle, resolve
 from allaprima.cli.machine import read_machine
 from allaprima.engine.calibration import Calibration
 from allaprima.engine.quantize import quantize_bundle
 from allaprima.models.shapes.captions import caption
-from allaprima.models.shapes.checker import score
 from allaprima.models.shapes.evaluate import held_out
 from allaprima.models.shapes.scenes import Scene, draw_split
 from allaprima.runtime import Pipeline, backends
@@ -36,8 +37,6 @@ from allaprima.runtime import Pipeline, backends
 BLOCK = 10
 """So many captions are painted in one way before the next has its turn."""
 GUIDANCE = 2.0
-Painted = tuple[Picture, float]
-"""A picture, and the seconds that it took."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +109,11 @@ def _paint(pipeline: Pipeline, scene: Scene, text: str, seed: int, steps: int) -
 
 def describe(scenes: Sequence[Scene], painted: Mapping[str, Sequence[Painted]]) -> dict[str, dict[str, Any]]:
     """The figures of each way; the first has no likeness to itself."""
-    described: dict[str, dict[str, Any]] = {}
-    reference = next(iter(painted.values()))
-    for name, mine in painted.items():
-        found = score(scenes, lambda index, _: mine[index][0])  # noqa: B023
-        figures: dict[str, Any] = {
-            "seconds": statistics.median(seconds for _, seconds in mine),
-            "things": found.things,
-            "relation": found.relation,
-        }
-        if mine is not reference:
-            pairs = [(one, other) for (one, _), (other, _) in zip(mine, reference, strict=True)]
-            ordered = sorted(psnr(*pair) for pair in pairs)
-            figures["psnr"] = {
-                "smallest": ordered[0],
-                "median": statistics.median(ordered),
-                "below 35": sum(each < 35 for each in ordered),
-            }
-            figures["ssim"] = statistics.median(ssim(*pair) for pair in pairs)
-        described[name] = figures
+    described = step_cache.describe(scenes, painted)
+    (_, reference), *others = painted.items()
+    for name, mine in others:
+        pairs = zip(mine, reference, strict=True)
+        described[name]["ssim"] = statistics.median(ssim(one, other) for (one, _), (other, _) in pairs)
     return described
 
 

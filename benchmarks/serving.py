@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ def paint_offline(setting: Setting, traffic: Traffic) -> tuple[float, float]:
 
 
 @contextmanager
-def opened_studio(setting: Setting, way: str, size: tuple[int, int]) -> Any:
+def opened_studio(setting: Setting, way: str, size: tuple[int, int]) -> Iterator[Studio]:
     """A studio that batches in one of the ways, warm."""
     lanes = 1 if way == "none" else setting.lanes
     studio = Studio(

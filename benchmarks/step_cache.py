@@ -21,7 +21,7 @@ import numpy as np
 
 from allaprima.benchmarks.bundles import Model, export_bundles
 from allaprima.benchmarks.checkpoints import SHAPES
-from allaprima.benchmarks.likeness import Picture, psnr
+from allaprima.benchmarks.likeness import Picture, psnr, spread
 from allaprima.benchmarks.plots import COLOURS, Draw, Theme, check_plots, embed, write_plot
 from allaprima.benchmarks.report import RESULTS, stamp, table, write_result
 from allaprima.bundle import AllaprimaError
@@ -78,11 +78,11 @@ def paint_all(
     return painted
 
 
-def describe(scenes: Sequence[Scene], painted: Mapping[int, Sequence[Painted]]) -> dict[str, dict[str, Any]]:
-    """The figures of each interval; the first has no likeness to itself."""
+def describe(scenes: Sequence[Scene], painted: Mapping[Any, Sequence[Painted]]) -> dict[str, dict[str, Any]]:
+    """The figures of each interval, or other way to paint; the first has no likeness to itself."""
     described: dict[str, dict[str, Any]] = {}
     reference = next(iter(painted.values()))
-    for interval, mine in painted.items():
+    for name, mine in painted.items():
         found = score(scenes, lambda index, _: mine[index][0])  # noqa: B023
         figures: dict[str, Any] = {
             "seconds": statistics.median(seconds for _, seconds in mine),
@@ -90,13 +90,9 @@ def describe(scenes: Sequence[Scene], painted: Mapping[int, Sequence[Painted]]) 
             "relation": found.relation,
         }
         if mine is not reference:
-            ordered = sorted(psnr(one, other) for (one, _), (other, _) in zip(mine, reference, strict=True))
-            figures["psnr"] = {
-                "smallest": ordered[0],
-                "median": statistics.median(ordered),
-                "below 35": sum(each < 35 for each in ordered),
-            }
-        described[str(interval)] = figures
+            pairs = zip(mine, reference, strict=True)
+            figures["psnr"] = spread([psnr(one, other) for (one, _), (other, _) in pairs])
+        described[str(name)] = figures
     return described
 
 

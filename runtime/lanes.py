@@ -49,7 +49,8 @@ class Lanes:
     def step(self) -> tuple[tuple[Painting, Image], ...]:
         """One step for all; returns the previews that are due.
 
-        Raises BackendError; then all are as before.
+        Raises BackendError; then latents and rows are as before,
+        but noise that was drawn for the step is gone.
         """
         started = perf_counter()
         denoiser = self._arrange()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from allaprima.bundle import BackendError, BundleError, Latent, RequestError
-from allaprima.runtime.memory import Tensor
+from allaprima.runtime.memory import Layout, Tensor
 from allaprima.runtime.samplers import Table, idle_row
 from allaprima.runtime.session import Binding, Session
 from allaprima.runtime.step_cache import FEATURES
@@ -169,17 +169,7 @@ class Denoiser:
         state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}
         self._states = memory.allocate(state), memory.allocate(state)
         self._noise = memory.allocate({"noise": (sample, np.float32)})
-        row: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
-            "timestep": ((lanes,), np.float32),
-            "input_scale": ((lanes,), np.float32),
-            "guidance": ((branches, lanes), np.float32),
-            "to_prediction": ((lanes, 2), np.float32),
-            "bounds": ((lanes,), np.float32),
-            "update": ((lanes, 4 + history), np.float32),
-            **{name: ((lanes, 2), np.float32) for name in OPTIONS if name in session.inputs},
-        }
-        if RESCALE in session.inputs:
-            row[RESCALE] = (lanes,), np.float32
+        row = _row_layout(session, lanes, branches, history)
         self._row = memory.allocate(row)
         extents = {"B": lanes, "G": branches, "H": sample[2], "W": sample[3], "L": length}
         conditions = {
@@ -310,3 +300,19 @@ class Denoiser:
         bindings = self._bindings if full or self._shallow is None else self._shallow
         bindings[self._source].run()
         self._source = 1 - self._source
+
+
+def _row_layout(session: Session, lanes: int, branches: int, history: int) -> Layout:
+    """The inputs of a denoiser's graph that change with every step."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "timestep": (lanes,),
+        "input_scale": (lanes,),
+        "guidance": (branches, lanes),
+        "to_prediction": (lanes, 2),
+        "bounds": (lanes,),
+        "update": (lanes, 4 + history),
+        **{name: (lanes, 2) for name in OPTIONS if name in session.inputs},
+    }
+    if RESCALE in session.inputs:
+        shapes[RESCALE] = (lanes,)
+    return {name: (shape, np.float32) for name, shape in shapes.items()}
