@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from allaprima.bundle import AllaprimaError, open_bundle, resolve
 from allaprima.cli.machine import read_machine
 from allaprima.engine import parse_sizes
 from allaprima.runtime import Pipeline, Request
+from allaprima.serve.calibration import measure_lanes
 from allaprima.serve.jobs import Order
 from allaprima.serve.limits import Limits
 from allaprima.serve.studio import Studio
+from allaprima.serve.workshop import MOST_LANES
 
 WAYS = ("continuous", "static", "none")
 """Join at every step; whole batches, of which each picture leaves when it is done; one after the other."""
@@ -83,7 +85,6 @@ class Served:
 
     way: str
     load: float
-    rate: float
     p50: float
     p95: float
     p99: float
@@ -97,34 +98,36 @@ def draw_traffic(kinds: Sequence[int], count: int, height: int, width: int, seed
     return Traffic(tuple(int(each) for each in chosen), height, width)
 
 
-def paint_offline(setting: Setting, traffic: Traffic) -> tuple[float, float]:
-    """Pictures a second if all are there from the start, in batches; the mean seconds of one alone."""
-    lanes = setting.lanes
-    with setting.open(setting.bundle) as pipeline:
+def paint_offline(pipeline: Pipeline, traffic: Traffic, lanes: int) -> float:
+    """Pictures a second if all are there from the start, in batches of one step count."""
+    started = time.perf_counter()
+    for steps in sorted(set(traffic.steps)):
+        left = traffic.steps.count(steps)
+        while left > 0:
+            _paint(pipeline, traffic, steps, min(lanes, left))
+            left -= lanes
+    return len(traffic.steps) / (time.perf_counter() - started)
 
-        def paint(steps: int, count: int) -> float:
-            started = time.perf_counter()
-            pipeline.generate(
-                PROMPT,
-                num_inference_steps=steps,
-                num_images=count,
-                seed=0,
-                height=traffic.height,
-                width=traffic.width,
-            )
-            return time.perf_counter() - started
 
-        kinds = sorted(set(traffic.steps))
-        alone = {steps: min(paint(steps, 1) for _ in range(2)) for steps in kinds}
-        total = 0.0
-        paint(kinds[0], lanes)
-        for steps in kinds:
-            of_it = traffic.steps.count(steps)
-            whole, rest = divmod(of_it, lanes)
-            batches = [paint(steps, lanes) for _ in range(min(3, whole))]
-            total += whole * statistics.median(batches) if batches else 0.0
-            total += paint(steps, rest) if rest else 0.0
-    return len(traffic.steps) / total, statistics.fmean(alone[steps] for steps in traffic.steps)
+def paint_alone(pipeline: Pipeline, traffic: Traffic) -> float:
+    """The mean seconds of a picture by itself; each step count the faster of two."""
+    times = {
+        steps: min(_paint(pipeline, traffic, steps, 1) for _ in range(2)) for steps in set(traffic.steps)
+    }
+    return statistics.fmean(times[steps] for steps in traffic.steps)
+
+
+def _paint(pipeline: Pipeline, traffic: Traffic, steps: int, count: int) -> float:
+    started = time.perf_counter()
+    pipeline.generate(
+        PROMPT,
+        num_inference_steps=steps,
+        num_images=count,
+        seed=0,
+        height=traffic.height,
+        width=traffic.width,
+    )
+    return time.perf_counter() - started
 
 
 @contextmanager
@@ -173,13 +176,13 @@ def serve(studio: Studio, traffic: Traffic, arrivals: Sequence[float]) -> tuple[
     return asyncio.run(everybody())
 
 
-def summarise(
-    way: str, load: float, rate: float, latencies: Sequence[float], seconds: float, bound: float
-) -> Served:
-    """The figures of one run, of which `bound` seconds were allowed for each picture."""
+def summarise(way: str, load: float, runs: Sequence[tuple[Sequence[float], float]], bound: float) -> Served:
+    """The figures of runs (latencies, seconds) together, of which `bound` seconds were for each picture."""
+    latencies = [each for found, _ in runs for each in found]
+    seconds = sum(each for _, each in runs)
     p50, p95, p99 = (percentile(latencies, percent) for percent in (50, 95, 99))
     in_time = sum(each <= bound for each in latencies)
-    return Served(way, load, rate, p50, p95, p99, in_time / seconds, len(latencies) / seconds)
+    return Served(way, load, p50, p95, p99, in_time / seconds, len(latencies) / seconds)
 
 
 def measure(
@@ -187,36 +190,50 @@ def measure(
     traffic: Traffic,
     loads: Sequence[float],
     tell: Callable[[str], None],
+    *,
+    rounds: int,
     seed: int,
     bound: float,
 ) -> dict[str, Any]:
-    """All loads, the ways taking turns, and what all at once come to. `bound` in times of a picture alone."""
+    """Rounds of all at once and of all loads, in which the ways take turns.
+
+    Each round finds the capacity anew, since machines are not always equally fast, and has arrivals of its
+    own. `bound` in times of a picture alone.
+    """
     size = traffic.height, traffic.width
-    tell("offline")
-    capacity, alone = paint_offline(setting, traffic)
-    runs: list[Served] = []
-    at_once: dict[str, float] = {}
+    found: dict[tuple[float, str], list[tuple[list[float], float]]] = {}
+    saturated: list[dict[str, float]] = []
     with ExitStack() as stack:
+        pipeline = stack.enter_context(setting.open(setting.bundle))
+        alone = paint_alone(pipeline, traffic)
         studios = {way: stack.enter_context(opened_studio(setting, way, size)) for way in WAYS}
-        for load, (way, studio) in itertools.product(loads, studios.items()):
-            tell(f"{load:g} of capacity, {way}")
-            arrivals = poisson_arrivals(load * capacity, len(traffic.steps), seed)
-            latencies, seconds = serve(studio, traffic, arrivals)
-            runs.append(summarise(way, load, load * capacity, latencies, seconds, bound * alone))
-        for way, studio in studios.items():
-            tell(f"all at once, {way}")
-            _, seconds = serve(studio, traffic, [0.0] * len(traffic.steps))
-            at_once[way] = len(traffic.steps) / seconds
-    tell("offline again")
-    capacity_after, _ = paint_offline(setting, traffic)
+        for number in range(rounds):
+            tell(f"round {number + 1} of {rounds}: all at once")
+            saturated.append(_saturate(pipeline, setting.lanes, studios, traffic))
+            capacity = saturated[-1]["offline"]
+            for load, (way, studio) in itertools.product(loads, studios.items()):
+                tell(f"round {number + 1} of {rounds}: {load:g} of {capacity:.3g} pictures/s, {way}")
+                arrivals = poisson_arrivals(load * capacity, len(traffic.steps), seed + number)
+                found.setdefault((load, way), []).append(serve(studio, traffic, arrivals))
     return {
-        "capacity": capacity,
-        "capacity_after": capacity_after,
         "alone": alone,
         "bound": bound * alone,
-        "at_once": at_once,
-        "runs": [asdict(each) for each in runs],
+        "at_once": saturated,
+        "runs": [asdict(summarise(way, load, runs, bound * alone)) for (load, way), runs in found.items()],
     }
+
+
+def _saturate(
+    pipeline: Pipeline, lanes: int, studios: Mapping[str, Studio], traffic: Traffic
+) -> dict[str, float]:
+    """Pictures a second of each way if all come at once, and offline, the mean of before and after."""
+    before = paint_offline(pipeline, traffic, lanes)
+    rates = {}
+    for way, studio in studios.items():
+        _, seconds = serve(studio, traffic, [0.0] * len(traffic.steps))
+        rates[way] = len(traffic.steps) / seconds
+    after = paint_offline(pipeline, traffic, lanes)
+    return {"offline": 2 / (1 / before + 1 / after), **rates}
 
 
 def tabulate(results: Mapping[str, Any]) -> list[str]:
@@ -231,11 +248,12 @@ def tabulate(results: Mapping[str, Any]) -> list[str]:
         for run in sorted(results["runs"], key=lambda run: (run["load"], WAYS.index(run["way"])))
     ]
     head = ["load", "batching", "p50, s", "p95, s", "p99, s", "goodput, pictures/s", "throughput, pictures/s"]
-    capacity = (results["capacity"] + results["capacity_after"]) / 2
-    at_once = [[way, f"{rate:.3f}", f"{rate / capacity:.3f}"] for way, rate in results["at_once"].items()]
-    at_once.append(
-        ["offline, before and after", f"{results['capacity']:.3f}, {results['capacity_after']:.3f}", "1"]
-    )
+    at_once = []
+    for way in ("offline", *WAYS):
+        rates = [each[way] for each in results["at_once"]]
+        shares = [each[way] / each["offline"] for each in results["at_once"]]
+        spread = f"{statistics.median(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})"
+        at_once.append([way, f"{statistics.median(rates):.3f}", spread])
     return [*table(head, rows), "", *table(["all at once", "pictures/s", "of offline"], at_once)]
 
 
@@ -249,18 +267,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", default="openvino", help="of the runtime (openvino)")
     parser.add_argument("--precision", help="of the arithmetic (the backend's best)")
     parser.add_argument("--size", metavar="WxH", help="in pixels (the model's own)")
-    parser.add_argument("--lanes", type=int, default=4, help="pictures together, at most (4)")
+    parser.add_argument(
+        "--lanes", type=int, help="pictures together, at most (measured, as a server does it)"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20], help="equally likely (4 8 20)")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 0.95, 1.2], help="of capacity")
     parser.add_argument("--queries", type=int, default=200, help="of each run (200)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all runs (3)")
     parser.add_argument(
         "--bound", type=float, default=5.0, help="of goodput, in times of a picture alone (5)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    for name in ("queries", "lanes", "bound"):
-        if (given := getattr(options, name)) <= 0:
+    for name in ("queries", "rounds", "lanes", "bound"):
+        if (given := getattr(options, name)) is not None and given <= 0:
             parser.error(f"--{name} is {given}: give more than 0")
     for each in itertools.chain(options.steps, options.loads):
         if each <= 0:
@@ -277,20 +298,37 @@ def _measure(options: argparse.Namespace, command: str) -> str:
     defaults = bundle.manifest.defaults
     width, height = parse_sizes(options.size)[0] if options.size else (defaults.width, defaults.height)
     threads = read_machine().cores
-    setting = Setting(bundle.folder, options.backend, options.precision, threads, options.lanes)
+    setting = Setting(bundle.folder, options.backend, options.precision, threads, options.lanes or 1)
+    if options.lanes is None:
+        with setting.open(bundle.folder) as pipeline:
+            setting = replace(setting, lanes=measure_lanes(pipeline, height, width, MOST_LANES))
     traffic = draw_traffic(options.steps, options.queries, height, width, options.seed)
-    results = measure(setting, traffic, options.loads, _tell, options.seed, options.bound)
+    results = measure(
+        setting,
+        traffic,
+        options.loads,
+        _tell,
+        rounds=options.rounds,
+        seed=options.seed,
+        bound=options.bound,
+    )
     name = f"serving-{bundle.manifest.name}"
     kinds = ", ".join(map(str, options.steps))
     lines = [
-        f"{bundle.manifest.name} at {width}x{height}, {options.backend}, at most {options.lanes} lanes, "
-        f"{options.queries} requests a run, each with one of {kinds} steps. A picture alone takes "
-        f"{results['alone']:.2f} s; goodput counts what is done within {results['bound']:.2f} s.",
+        f"{bundle.manifest.name} at {width}x{height}, {options.backend}, at most {setting.lanes} lanes, "
+        f"{options.rounds} rounds of {options.queries} requests a run, each with one of {kinds} steps. "
+        f"A picture alone takes {results['alone']:.2f} s; "
+        f"goodput counts what is done within {results['bound']:.2f} s.",
         "",
         *tabulate(results),
     ]
-    about = {**stamp(command, bundle.manifest.name, threads), "steps": options.steps, "lanes": options.lanes}
-    about |= {"backend": options.backend, "queries": options.queries, "size": [width, height]}
+    about = {**stamp(command, bundle.manifest.name, threads), "steps": options.steps, "lanes": setting.lanes}
+    about |= {
+        "backend": options.backend,
+        "queries": options.queries,
+        "rounds": options.rounds,
+        "size": [width, height],
+    }
     return write_result(options.results, name, {**about, **results}, lines)
 
 

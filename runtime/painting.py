@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime.inpainting import Kept
@@ -83,21 +85,33 @@ def each_alone(settings: Settings) -> tuple[Settings, ...]:
 
 
 def plan_table(manifest: Manifest, settings: Settings) -> Table:
-    """The rows that a request takes of its sampler's table. Raises RequestError."""
+    """The rows that a request takes of its sampler's table. Raises RequestError.
 
-    def make(begin: int) -> Table:
-        return make_table(
-            manifest.scheduler,
-            settings.sampler,
-            settings.num_inference_steps,
-            history=manifest.history,
-            eta=settings.eta,
-            begin=begin,
-            **settings.sampling.arguments(),
-        )
-
+    The latest tables are kept: a server plans each request when it comes, and once more for each picture.
+    """
     start, end = settings.denoising_start, settings.denoising_end
+    scheduler, sampler = manifest.scheduler, settings.sampler
+    steps, begin = settings.num_inference_steps, settings.begin
+    asked = {"history": manifest.history, "eta": settings.eta, **settings.sampling.arguments()}
+
+    def make(more: int = 0) -> Table:
+        return make_table(scheduler, sampler, steps, begin=begin + more, **asked)
+
+    named = repr((scheduler, sampler, steps, begin, asked, start, end))
     if start is None and end is None:
-        return make(settings.begin)
-    trained = int(manifest.scheduler.get("num_train_timesteps", 1000))
-    return take_part(lambda begin: make(begin + settings.begin), trained, start, end)
+        return _planned(_Plan(named, make))
+    trained = int(scheduler.get("num_train_timesteps", 1000))
+    return _planned(_Plan(named, lambda: take_part(make, trained, start, end)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How to make a table. Two of one name make the same."""
+
+    name: str
+    make: Callable[[], Table] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _planned(plan: _Plan) -> Table:
+    return plan.make()

@@ -98,6 +98,7 @@ class Job:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: list[Listener] = []
+        self._waiting: list[Listener] = []  # for the end alone
         self._cancelled = threading.Event()
         self._wake: Callable[[], None] = lambda: None
         self._status = Status(self.id, self.model, "queued", self.settings.num_images, created=time.time())
@@ -128,19 +129,28 @@ class Job:
             with suppress(RuntimeError):  # the loop of a listener that is gone is closed
                 loop.call_soon_threadsafe(waiting.put_nowait, event)
 
-        first = self._listen(put)
+        first = self._listen(put, self._listeners)
         try:
             yield first
             while first.kind != "ended":
                 first = await waiting.get()
                 yield first
         finally:
-            self._forget(put)
+            self._forget(put, self._listeners)
 
     async def wait(self) -> Result:
         """The result. Raises what the job failed with: an AllaprimaError, CancelledError among them."""
-        async for _ in self.events():
-            pass
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell(_: Event) -> None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(ended.set)
+
+        try:
+            if self._listen(tell, self._waiting).kind != "ended":
+                await ended.wait()
+        finally:
+            self._forget(tell, self._waiting)
         if self.failure is not None:
             raise self.failure
         assert self.result is not None
@@ -182,21 +192,22 @@ class Job:
             else:
                 self.result = outcome
             self._status = replace(self._status, state=state, error=error, position=None, ended=time.time())
-            event, listeners = Event("ended", self._status), tuple(self._listeners)
+            event, listeners = Event("ended", self._status), (*self._listeners, *self._waiting)
             self._listeners.clear()
+            self._waiting.clear()
         for listener in listeners:
             listener(event)
         return True
 
-    def _listen(self, listener: Listener) -> Event:
+    def _listen(self, listener: Listener, among: list[Listener]) -> Event:
         """Add a listener unless the job has ended; what it is to be told first."""
         with self._lock:
             if self._status.state in ENDED:
                 return Event("ended", self._status)
-            self._listeners.append(listener)
+            among.append(listener)
             return Event("status", self._status)
 
-    def _forget(self, listener: Listener) -> None:
+    def _forget(self, listener: Listener, among: list[Listener]) -> None:
         with self._lock:
-            if listener in self._listeners:
-                self._listeners.remove(listener)
+            if listener in among:
+                among.remove(listener)
