@@ -152,6 +152,10 @@ class TimedMemory:
         """See Memory.synchronize."""
         self._inner.synchronize()
 
+    def attach(self) -> None:
+        """See Memory.attach."""
+        self._inner.attach()
+
 
 class TimedBlock:
     """See Block."""

@@ -32,11 +32,12 @@ from allaprima.bundle import AllaprimaError, open_bundle, resolve
 from allaprima.cli.machine import read_machine
 from allaprima.engine import parse_sizes
 from allaprima.runtime import Pipeline, Request
+from allaprima.runtime.loop import run_out
 from allaprima.serve.calibration import measure_lanes
 from allaprima.serve.jobs import Order
 from allaprima.serve.limits import Limits
+from allaprima.serve.loader import MOST_LANES
 from allaprima.serve.studio import Studio
-from allaprima.serve.workshop import MOST_LANES
 
 WAYS = ("continuous", "static", "none")
 """Join at every step; whole batches, of which each picture leaves when it is done; one after the other."""
@@ -301,7 +302,7 @@ def _measure(options: argparse.Namespace, command: str) -> str:
     setting = Setting(bundle.folder, options.backend, options.precision, threads, options.lanes or 1)
     if options.lanes is None:
         with setting.open(bundle.folder) as pipeline:
-            setting = replace(setting, lanes=measure_lanes(pipeline, height, width, MOST_LANES))
+            setting = replace(setting, lanes=run_out(measure_lanes(pipeline, height, width, MOST_LANES)))
     traffic = draw_traffic(options.steps, options.queries, height, width, options.seed)
     results = measure(
         setting,

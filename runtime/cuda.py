@@ -163,6 +163,11 @@ class Gpu:
         with self._told("the GPU's work"):
             self._stream.sync()
 
+    def attach(self) -> None:
+        """Make its context that of this thread, since CUDA has one for each. Raises BackendError."""
+        with self._told("choosing the GPU"):
+            self._device.set_current()
+
     def scratch(self, size: int) -> int:
         """The address of one area of at least `size` bytes that all engines share, as only one runs at once.
 
@@ -260,6 +265,10 @@ class CudaMemory:
     def synchronize(self) -> None:
         """See Memory.synchronize."""
         self._gpu.synchronize()
+
+    def attach(self) -> None:
+        """See Memory.attach."""
+        self._gpu.attach()
 
 
 class CudaBlock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from allaprima.runtime.kandinsky import Kandinsky
 from allaprima.runtime.kandinsky3 import Kandinsky3
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
-from allaprima.runtime.result import Report
+from allaprima.runtime.prior import Part
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Denoiser
@@ -36,10 +36,10 @@ class Told(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """Sentences for the user."""
 
-    def draw(self, streams: Sequence[Noise], report: Report | None = None) -> None:
-        """Draw what comes before the first latents, from the stream of each picture. Raises BackendError.
+    def draw(self, streams: Sequence[Noise]) -> Iterator[Part]:
+        """Draw what comes before the first latents, from the stream of each picture, a step at a time.
 
-        `report` is told after every step of it, and may raise.
+        Raises BackendError.
         """
 
     def write(self, denoiser: Denoiser) -> None:
@@ -109,8 +109,9 @@ class _Texts:
     def warnings(self) -> tuple[str, ...]:
         return self.conditioning.warnings
 
-    def draw(self, streams: Sequence[Noise], report: Report | None = None) -> None:
+    def draw(self, streams: Sequence[Noise]) -> Iterator[Part]:
         """Texts are not drawn."""
+        return iter(())
 
     def write(self, denoiser: Denoiser) -> None:
         self.conditioning.write(self.encoders, denoiser, self.session.memory, self.settings)

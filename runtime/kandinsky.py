@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,9 +15,8 @@ from allaprima.runtime.embeddings import EmbeddingCache
 from allaprima.runtime.hint import HintEncoder
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.prior import COMPONENT as PRIOR
-from allaprima.runtime.prior import Prior, Text
+from allaprima.runtime.prior import Part, Prior, Text
 from allaprima.runtime.prior_request import PriorRequest
-from allaprima.runtime.result import Report
 from allaprima.runtime.samplers import Table
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
@@ -173,22 +172,22 @@ class Embedding:
     length: int = 1
     embeds: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
     """[2,N,D], negative and positive, once drawn."""
-    _report: Report | None = None
 
-    def draw(self, streams: Sequence[Noise], report: Report | None = None) -> None:
+    def draw(self, streams: Sequence[Noise]) -> Iterator[Part]:
         """Run the prior, for each text of a mix."""
-        self._report = report
         asked, settings = self.settings.prior, self.settings
         if asked.mix:
-            positive, negative = self._mix(asked, streams)
+            positive, negative = yield from self._mix(asked, streams)
         else:
             start = None if asked.picture is None else self.family.embed(asked.picture)
-            positive, negative = self._run(settings.prompt, settings.negative_prompt, streams, start)
+            positive, negative = yield from self._run(
+                settings.prompt, settings.negative_prompt, streams, start
+            )
         self.embeds = np.stack([np.broadcast_to(negative, positive.shape), positive])
 
     def _run(
         self, text: str, negative: str | None, streams: Sequence[Noise], start: Floats | None = None
-    ) -> tuple[Floats, Floats]:
+    ) -> Generator[Part, None, tuple[Floats, Floats]]:
         """The embedding [N,D] of a text, and the one that goes with its negative.
 
         That of a negative text, even an empty one, is drawn too; without one it is that of no picture, [D].
@@ -198,23 +197,27 @@ class Embedding:
         texts = self.family.read((text, negative or ""))
         against = texts[1] if scale > 1 else None
         asked = texts[: 1 if negative is None else 2]
-        made = prior.embed(asked, against, self.table, scale, streams, start, self._report)
+        made = yield from prior.embed(asked, against, self.table, scale, streams, start)
         return made[0], self._zero if negative is None else made[1]
 
-    def _mix(self, asked: PriorRequest, streams: Sequence[Noise]) -> tuple[Floats, Floats]:
+    def _mix(
+        self, asked: PriorRequest, streams: Sequence[Noise]
+    ) -> Generator[Part, None, tuple[Floats, Floats]]:
         """The weighted sum of a mix [N,D], and the negative embedding; the order of draws is diffusers'."""
         against = asked.negative_prompt
         mixed: Floats = np.zeros((len(streams), len(self._zero)), np.float32)
         for item, weight in asked.mix:
-            mixed += np.float32(weight) * (
-                self._run(item, against, streams)[0] if isinstance(item, str) else self.family.embed(item)
-            )
+            if isinstance(item, str):
+                made, _ = yield from self._run(item, against, streams)
+            else:
+                made = self.family.embed(item)
+            mixed += np.float32(weight) * made
         # The prior runs once more for the negative. Where that counts for nothing, only its noise is drawn.
         negative = self.settings.negative_prompt or ""
         if self.settings.branches == 1 or (not negative and against is None):
             self.family.prior.skip(1 if against is None else 2, self.table, streams)
             return mixed, self._zero
-        made, other = self._run(negative, against, streams)
+        made, other = yield from self._run(negative, against, streams)
         return mixed, made if negative else other
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from allaprima.bundle import Bundle
@@ -10,7 +10,7 @@ from allaprima.runtime.chunks import Chunk
 from allaprima.runtime.conditioning import warn_idle
 from allaprima.runtime.embeddings import EmbeddingCache
 from allaprima.runtime.noise import Noise
-from allaprima.runtime.result import Report
+from allaprima.runtime.prior import Part
 from allaprima.runtime.session import Session
 from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Denoiser
@@ -76,8 +76,9 @@ class MaskedTexts:
         """As of Told."""
         return self.family.encoder.tokenizer.length
 
-    def draw(self, streams: Sequence[Noise], report: Report | None = None) -> None:
+    def draw(self, streams: Sequence[Noise]) -> Iterator[Part]:
         """Texts are not drawn."""
+        return iter(())
 
     def write(self, denoiser: Denoiser) -> None:
         """As of Told. Raises BackendError."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from allaprima.runtime.inpainting import Kept
 from allaprima.runtime.noise import Draws, Noise
 from allaprima.runtime.preview import Previewer
-from allaprima.runtime.result import Progress, Report, Stage
+from allaprima.runtime.result import Progress, Stage
 from allaprima.runtime.samplers import Table
 from allaprima.runtime.settings import Settings
 from allaprima.runtime.stages import Denoiser
@@ -58,18 +59,27 @@ def denoise(
             callback(Progress("denoise", row + 1, total, _seen(denoiser.sample), previews))
 
 
+Part = TypeVar("Part")
+Made = TypeVar("Made")
+
+
+def run_out(parts: Generator[Part, None, Made], watch: Callable[[Part], None] | None = None) -> Made:
+    """What a generator returns; `watch` is told what it yields, and may raise to stop."""
+    while True:
+        try:
+            part = next(parts)
+        except StopIteration as end:
+            made: Made = end.value
+            return made
+        if watch is not None:
+            watch(part)
+
+
 def tell(callback: Callback | None, stage: Stage, step: int, total: int, denoiser: Denoiser) -> None:
     """Tell a callback, if there is one, with the present latents."""
     if callback is not None:
         denoiser.pull()
         callback(Progress(stage, step, total, _seen(denoiser.sample)))
-
-
-def reporter(callback: Callback | None) -> Report | None:
-    """What tells a callback of steps before there are latents; None if there is no callback."""
-    if callback is None:
-        return None
-    return lambda stage, step, total, sample: callback(Progress(stage, step, total, _seen(sample)))
 
 
 def _seen(sample: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -83,6 +83,9 @@ class Memory(Protocol):
     def synchronize(self) -> None:
         """Wait for everything that was asked of it. Raises BackendError if any of it failed."""
 
+    def attach(self) -> None:
+        """Let this thread ask for work, whichever thread opened the session. Raises BackendError."""
+
 
 class HostMemory:
     """The memory of the process: see Memory."""
@@ -99,6 +102,9 @@ class HostMemory:
 
     def synchronize(self) -> None:
         """Nothing to do: what was asked is done."""
+
+    def attach(self) -> None:
+        """Nothing to do: every thread can compute."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import fields
 
 from PIL import Image
@@ -11,8 +12,9 @@ from allaprima.runtime.conventions import conventions_of
 from allaprima.runtime.families import Told
 from allaprima.runtime.inpainting import Kept
 from allaprima.runtime.latents import Beginning
-from allaprima.runtime.loop import Callback, guide, reporter, tell
+from allaprima.runtime.loop import Callback, guide, tell
 from allaprima.runtime.noise import Noise
+from allaprima.runtime.prior import Part
 from allaprima.runtime.result import Parameters
 from allaprima.runtime.safety import blurred
 from allaprima.runtime.samplers import Table
@@ -34,9 +36,8 @@ class Painter:
         table: Table,
         told: Told,
         denoiser: Denoiser,
-        callback: Callback | None,
-    ) -> tuple[list[Noise], Kept | None]:
-        """Write into a denoiser all that comes before its first step.
+    ) -> Generator[Part, None, tuple[list[Noise], Kept | None]]:
+        """Write into a denoiser all that comes before its first step, a part at a time.
 
         Returns the streams of noise, and what a mask keeps. Raises RequestError or BackendError.
         """
@@ -45,7 +46,7 @@ class Painter:
         beginning = Beginning(
             settings, table, manifest.latent, lambda: self._stages.encoder(settings), conventions
         )
-        told.draw(beginning.streams, reporter(callback))
+        yield from told.draw(beginning.streams)
         kept = beginning.write(denoiser)
         guide(denoiser, settings, conventions.guidance_offset)
         told.write(denoiser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +25,7 @@ from allaprima.runtime.families import needed, open_family
 from allaprima.runtime.finite import check_latents
 from allaprima.runtime.footprint import Footprint, parse_bytes
 from allaprima.runtime.lanes import Lanes, powers_of_two
-from allaprima.runtime.loop import Callback, denoise, tell
+from allaprima.runtime.loop import Callback, denoise, run_out, tell
 from allaprima.runtime.memory import HostMemory, trim
 from allaprima.runtime.noise import Draws
 from allaprima.runtime.opener import Opener
@@ -209,7 +209,8 @@ class Pipeline:
             denoiser = self._stages.denoiser(settings, told.length)
             if self._components.limited and settings.output_type != "latent":
                 self._stages.decoder(settings)  # so that it is known before painting if it does not fit
-            streams, kept = self._painter.begin(settings, table, told, denoiser, callback)
+            parts = self._painter.begin(settings, table, told, denoiser)
+            streams, kept = run_out(parts, lambda part: tell(callback, *part))
             tell(callback, "encode", 1, 1, denoiser)
             marks.append(perf_counter())
             previewer = Previewer(preview, preview_every, kept) if preview and preview_every else None
@@ -243,6 +244,15 @@ class Pipeline:
 
         Raises RequestError or BackendError.
         """
+        return run_out(self.prepare_in_parts(settings, preview_every=preview_every))
+
+    def prepare_in_parts(
+        self, settings: Settings, *, preview_every: int | None = None
+    ) -> Generator[None, None, Painting]:
+        """As `prepare`, but stops after each step of a prior, so that others can take theirs.
+
+        Until it has ended, no other picture may be prepared.
+        """
         manifest = self.bundle.manifest
         preview = check_preview(preview_every, manifest, heard=True)
         table = plan_table(manifest, settings)
@@ -252,7 +262,19 @@ class Pipeline:
             told = self._family.plan(settings)
             shape = Shape(settings.height, settings.width, settings.branches, told.length)
             state = self._stages.make_denoiser(shape, 1, bound=False)
-            streams, kept = self._painter.begin(settings, table, told, state, None)
+            parts = self._painter.begin(settings, table, told, state)
+        seconds = perf_counter() - started
+        while True:
+            started = perf_counter()
+            with self._open():
+                try:
+                    next(parts)
+                except StopIteration as end:
+                    streams, kept = end.value
+                    break
+            seconds += perf_counter() - started
+            if not self._components.limited:  # or the weights would come and go with each step
+                yield
         return Painting(
             settings,
             table,
@@ -262,7 +284,7 @@ class Pipeline:
             kept,
             Previewer(preview, preview_every, kept) if preview and preview_every else None,
             told.warnings,
-            encoding=perf_counter() - started,
+            encoding=seconds + perf_counter() - started,
         )
 
     def lanes(self, shape: Shape, most: int) -> Lanes:
@@ -297,6 +319,8 @@ class Pipeline:
         if not self._busy.acquire(blocking=False):
             raise RequestError("the pipeline is painting: wait for it, or open another one")
         try:
+            for session in self._components.sessions.values():
+                session.memory.attach()
             yield
         finally:
             self._busy.release()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from allaprima.bundle import Bundle, BundleError, Record, RequestError
 from allaprima.runtime.noise import Noise
-from allaprima.runtime.result import Report
+from allaprima.runtime.result import Stage
 from allaprima.runtime.samplers import Table, make_table
 from allaprima.runtime.session import Session
 from allaprima.runtime.stages import POOLED, Denoiser, Floats, not_finite
@@ -58,6 +58,15 @@ class Text:
     mask: Floats
 
 
+class Part(NamedTuple):
+    """So many steps of a stage were taken, of all that there are; `denoiser` has the sample."""
+
+    stage: Stage
+    step: int
+    total: int
+    denoiser: Denoiser
+
+
 class Prior:
     """A session of the component prior with its settings."""
 
@@ -90,13 +99,12 @@ class Prior:
         guidance_scale: float,
         streams: Sequence[Noise],
         start: Floats | None = None,
-        report: Report | None = None,
-    ) -> Floats:
-        """Embeddings [T,N,D] of T texts for N pictures, drawn from the stream of each.
+    ) -> Generator[Part, None, Floats]:
+        """Embeddings [T,N,D] of T texts for N pictures, drawn from the stream of each, a step at a time.
 
         Each is guided away from the text `against`; None is no guidance. One draw of a stream is for all
         texts of its picture, as diffusers has it. `start` [D] is the embedding that a table begins with which
-        is not the whole. `report` is told after every step. Raises BackendError.
+        is not the whole. Until it has ended, no other may be begun. Raises BackendError.
         """
         branches = [texts[0] if against is None else against] * (against is not None)
         count, pictures, width = len(texts), len(streams), len(self.settings.mean)
@@ -124,9 +132,7 @@ class Prior:
                 _draw(denoiser.noise, count, streams)
                 denoiser.push_noise()
             denoiser.step()
-            if report is not None:
-                denoiser.pull()
-                report("prior", row + 1, len(table.timesteps), denoiser.sample)
+            yield Part("prior", row + 1, len(table.timesteps), denoiser)
         denoiser.pull()
         if not np.isfinite(denoiser.sample).all():
             raise not_finite(COMPONENT, self._session.precision)

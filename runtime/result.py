@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +31,6 @@ class Progress:
     total: int
     sample: NDArray[np.float32]
     previews: tuple[Image, ...] = ()
-
-
-class Report(Protocol):
-    """Takes note of a step, and may raise to stop."""
-
-    def __call__(self, stage: Stage, step: int, total: int, sample: NDArray[np.float32]) -> None:
-        """As the fields of Progress."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Context:
         note(request.scope, model=model.name)
         if self.settings.log_prompts:
             note(request.scope, prompt=order.request.prompt, negative_prompt=order.request.negative_prompt)
-        job = await self.workers.run(self.studio.submit, order)  # on a thread: it looks at pictures
+        job = await asyncio.to_thread(self.studio.submit, order)  # it looks at pictures
         made = job.settings
         note(
             request.scope,

@@ -54,7 +54,7 @@ class Desk:
                     f"the queue is full ({waiting} of at most {self._limits.queue} pictures wait): try later",
                     retry_after=max(1, round(waiting * self._pace)),
                 )
-            job.on_cancel(self._wake)
+            job.on_cancel(self.wake)
             self._due[job.id] = time.monotonic() + seconds
             self._queue.append(job)
             self._number()
@@ -79,13 +79,18 @@ class Desk:
             waiting = tuple(self._queue)
         for job in waiting:
             self.end(job, DrainingError("the server stopped before the picture was begun: send it again"))
-        self._wake()
+        self.wake()
 
     def stop(self, timeout: float | None) -> None:
         """Let `go_on` return False once nothing runs, or time is up."""
         with self._changed:
             self._changed.wait_for(lambda: not self._running, timeout)
             self._stopped = True
+            self._signal()
+
+    def wake(self) -> None:
+        """Let the thread that paints look again; from any thread."""
+        with self._changed:
             self._signal()
 
     # For the thread that paints.
@@ -156,10 +161,6 @@ class Desk:
         for place, job in enumerate(self._queue, 1):
             if job.status.position != place:
                 job.update(position=place)
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._signal()
 
     def _signal(self) -> None:
         self._version += 1

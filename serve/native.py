@@ -140,7 +140,9 @@ def _shown(job: Job, status: Status) -> dict[str, object]:
 async def models(here: Here) -> list[ModelInfo]:
     """The models that are served, the default one first."""
     return [
-        ModelInfo.of(model.manifest, name=model.name, default=index == 0, loaded=model.loaded)
+        ModelInfo.of(
+            model.manifest, here.studio.limits, name=model.name, default=index == 0, loaded=model.loaded
+        )
         for index, model in enumerate(here.studio.models())
     ]
 

@@ -13,6 +13,7 @@ from allaprima.bundle import Manifest
 from allaprima.runtime import Request
 from allaprima.serve.failures import failure_of
 from allaprima.serve.jobs import Job, Order, Status
+from allaprima.serve.limits import Limits
 
 PICTURES = ("image", "mask", "hint", "prior_image")
 """The fields that are pictures."""
@@ -172,6 +173,25 @@ class JobList(BaseModel):
     running: int
 
 
+class Most(BaseModel):
+    """What one request may ask for: pictures, steps, pixels of a picture, and the product of all three."""
+
+    num_images: int
+    num_inference_steps: int
+    pixels: int
+    work: int
+
+    @classmethod
+    def of(cls, limits: Limits) -> Most:
+        """Of a server."""
+        return cls(
+            num_images=limits.images,
+            num_inference_steps=limits.steps,
+            pixels=limits.pixels,
+            work=limits.work,
+        )
+
+
 class ModelInfo(BaseModel):
     """A model. Sides are multiples of `multiple` pixels; `takes` are the pictures that it can begin with."""
 
@@ -187,9 +207,10 @@ class ModelInfo(BaseModel):
     width: int
     num_inference_steps: int
     guidance_scale: float
+    most: Most
 
     @classmethod
-    def of(cls, manifest: Manifest, *, name: str, default: bool, loaded: bool) -> ModelInfo:
+    def of(cls, manifest: Manifest, limits: Limits, *, name: str, default: bool, loaded: bool) -> ModelInfo:
         """Of a bundle that is served."""
         parts, usual = manifest.components, manifest.defaults
         takes = {
@@ -210,6 +231,7 @@ class ModelInfo(BaseModel):
             width=usual.width,
             num_inference_steps=usual.num_inference_steps,
             guidance_scale=usual.guidance_scale,
+            most=Most.of(limits),
         )
 
 

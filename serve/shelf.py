@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +21,24 @@ Opens = Callable[[Path, int | None], Pipeline]
 
 @dataclass(eq=False)
 class Shelved:
-    """A model: its bundle, what its weights take in bytes, and its pipeline while it is loaded."""
+    """A model: its bundle, what its weights take in bytes, and its pipeline while it is loaded.
+
+    `loading` is there from the moment at which it begins to be loaded until its pipeline is fetched.
+    """
 
     name: str
     bundle: Bundle
     size: int
     pipeline: Pipeline | None = None
+    loading: Future[Pipeline] | None = None
     used: float = 0.0
 
 
 class Shelf:
-    """Models by name, the default one first. Loading and unloading are for one thread alone."""
+    """Models by name, the default one first. Fetching and unloading are for one thread alone.
+
+    Weights are loaded on threads of their own, while that one goes on.
+    """
 
     def __init__(self, bundles: Sequence[str | Path], opens: Opens, memory_limit: int | None) -> None:
         """`memory_limit` in bytes is what all loaded models may take together; None is no limit.
@@ -38,6 +48,8 @@ class Shelf:
         self._opens, self._limit = opens, memory_limit
         self.before_unload: Callable[[str], None] = lambda name: None
         """Told the name of a model that is about to be unloaded."""
+        self.loaded: Callable[[], None] = lambda: None
+        """Told, on another thread, that a model was loaded or failed to be."""
         self._models: dict[str, Shelved] = {}
         for each in bundles:
             bundle = open_bundle(resolve(str(each)))
@@ -65,25 +77,27 @@ class Shelf:
             raise UnknownModelError(f"there is no model '{name}' here: choose from {', '.join(self._models)}")
         return self._models[name]
 
-    def load(self, model: Shelved, idle: Callable[[Shelved], bool]) -> Pipeline | None:
-        """The model's pipeline, loaded if it is not; None if there is no room before another one is idle.
+    def fetch(self, model: Shelved, idle: Callable[[Shelved], bool]) -> Pipeline | None:
+        """The model's pipeline; None if it is being loaded, or can only be when another model is idle.
 
-        Idle models that were not used for longest make room. Raises BundleError or BackendError.
+        Idle models that were not used for longest make room. Raises BundleError or BackendError, whatever it
+        could not be loaded for; the next time it is tried again.
         """
         model.used = time.monotonic()
-        if model.pipeline is not None:
-            return model.pipeline
-        if self._limit is not None:
-            others = sorted((each for each in self.models if each.pipeline), key=lambda each: each.used)
-            while others and sum(each.size for each in others) + model.size > self._limit:
-                victim = next((each for each in others if idle(each)), None)
-                if victim is None:
-                    return None
-                self.unload(victim)
-                others.remove(victim)
-        alone = self._limit is not None and model.size > self._limit
-        model.pipeline = self._opens(model.bundle.folder, self._limit if alone else None)
+        if model.pipeline is None and model.loading is None and self._make_room(model, idle):
+            alone = self._limit is not None and model.size > self._limit
+            limit = self._limit if alone else None
+            model.loading = _in_background(lambda: self._opens(model.bundle.folder, limit))
+            model.loading.add_done_callback(lambda _: self.loaded())
+        elif model.loading is not None and model.loading.done():
+            loading, model.loading = model.loading, None
+            model.pipeline = loading.result()
         return model.pipeline
+
+    def wait(self, model: Shelved) -> None:
+        """Until a model that is being loaded can be fetched."""
+        if model.loading is not None:
+            model.loading.exception()
 
     def unload(self, model: Shelved) -> None:
         """Let go of a model's weights."""
@@ -93,6 +107,48 @@ class Shelf:
             model.pipeline = None
 
     def close(self) -> None:
-        """Let go of all of them."""
+        """Let go of all of them; of one that is being loaded, as soon as it is there."""
         for model in self.models:
             self.unload(model)
+            if model.loading is not None:
+                model.loading.add_done_callback(_close)
+                model.loading = None
+
+    def _make_room(self, model: Shelved, idle: Callable[[Shelved], bool]) -> bool:
+        if self._limit is None:
+            return True
+        for each in self.models:  # nobody may have asked for it again
+            if each.loading is not None and each.loading.done():
+                with suppress(Exception):
+                    self.fetch(each, idle)
+        others = sorted((each for each in self.models if each.pipeline or each.loading), key=_last_used)
+        while others and sum(each.size for each in others) + model.size > self._limit:
+            victim = next((each for each in others if each.pipeline and idle(each)), None)
+            if victim is None:
+                return False
+            self.unload(victim)
+            others.remove(victim)
+        return True
+
+
+def _last_used(model: Shelved) -> float:
+    return model.used
+
+
+def _in_background(work: Callable[[], Pipeline]) -> Future[Pipeline]:
+    """Do it on a thread that does not keep the process from ending."""
+    future: Future[Pipeline] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="allaprima-loader", daemon=True).start()
+    return future
+
+
+def _close(loading: Future[Pipeline]) -> None:
+    if loading.exception() is None:
+        loading.result().close()

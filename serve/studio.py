@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from allaprima.serve.desk import Desk
 from allaprima.serve.errors import DrainingError
 from allaprima.serve.jobs import Job, Order
 from allaprima.serve.limits import Limits
+from allaprima.serve.loader import Loader
 from allaprima.serve.shelf import Opens, Shelf, Shelved
 from allaprima.serve.watch import NOBODY, Watch
 from allaprima.serve.workshop import Workshop
@@ -56,16 +58,18 @@ class Studio:
 
         `opens` opens a pipeline within a memory limit; `memory_limit` in bytes is for all models together.
         `lanes` is how many pictures of one size are painted together; None measures it for the sizes (height,
-        width) in `warm`, of the default model, before it is ready. None for these is the model's own size.
+        width) in `warm`, of the default model, before it is ready. None for these is the model's own size, as
+        of the other models, which are loaded and measured when they are first asked for, while pictures of
+        others go on.
         `joins` False lets no picture join others that took a step: batches as other servers make them, to
         compare with.
         Raises BundleError.
         """
         self._shelf = Shelf(bundles, opens, memory_limit)
         self._desk = Desk(limits, watch)
-        defaults = self._shelf.find(None).bundle.manifest.defaults
-        sizes = ((defaults.height, defaults.width),) if warm is None else tuple(warm)
-        self._workshop = Workshop(self._shelf, self._desk, watch, lanes=lanes, warm=sizes, joins=joins)
+        self._shelf.loaded = self._desk.wake
+        loader = Loader(self._shelf, lanes=lanes, warm=warm)
+        self._workshop = Workshop(self._shelf, self._desk, loader, watch, joins=joins)
         self._limits = limits
         self._thread = threading.Thread(target=self._work, name="allaprima-studio", daemon=True)
         self._ready = threading.Event()
@@ -133,10 +137,11 @@ class Studio:
 
     def close(self, timeout: float | None = None) -> None:
         """Drain, wait up to `timeout` seconds for what runs, then stop and let go of the models."""
+        until = None if timeout is None else time.monotonic() + timeout
         self.drain()
         self._desk.stop(timeout)
         if self._thread.is_alive():
-            self._thread.join(timeout)
+            self._thread.join(None if until is None else max(0.0, until - time.monotonic()))
         self._desk.fail_all(DrainingError("the server stopped before the picture was done: send it again"))
 
     def _work(self) -> None:

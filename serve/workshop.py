@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -12,16 +12,14 @@ from allaprima.bundle import AllaprimaError, BackendError
 from allaprima.runtime import Pipeline, Result, Settings
 from allaprima.runtime.painting import Painting
 from allaprima.runtime.safety import warn_flagged
-from allaprima.serve.calibration import measure_lanes, scaled
 from allaprima.serve.desk import Desk
 from allaprima.serve.groups import Group, Groups, Size
 from allaprima.serve.jobs import ENDED, Job
+from allaprima.serve.loader import Loader
 from allaprima.serve.shelf import Shelf, Shelved
 from allaprima.serve.watch import Watch
 
 _LOG = logging.getLogger("allaprima.serve")
-MOST_LANES = 16
-"""More were never worth it where it was measured."""
 MOST_GROUPS = 8
 """Sizes (and kinds of guidance) that are painted by turns; others wait until one of them is done."""
 
@@ -37,6 +35,16 @@ class Begun:
     done: dict[int, tuple[Painting, Result]] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class Preparing:
+    """A picture of a job that is being prepared, and the seconds that this took so far."""
+
+    begun: Begun
+    index: int
+    parts: Generator[None, None, Painting]
+    seconds: float = 0.0
+
+
 class Workshop:
     """Prepares, steps and decodes. For one thread alone, but for `lanes_taken`."""
 
@@ -44,25 +52,24 @@ class Workshop:
         self,
         shelf: Shelf,
         desk: Desk,
+        loader: Loader,
         watch: Watch,
         *,
-        lanes: int | None,
-        warm: Sequence[tuple[int, int]],
         joins: bool = True,
     ) -> None:
         """See Studio."""
-        self._shelf, self._desk, self._watch = shelf, desk, watch
-        self._fixed, self._warm, self._joins = lanes, tuple(warm), joins
-        self._measured: dict[str, dict[tuple[int, int], int]] = {}
+        self._shelf, self._desk, self._loader, self._watch = shelf, desk, loader, watch
+        self._joins = joins
         self._groups = Groups()
         self._begun: dict[Job, Begun] = {}
+        self._preparing: Preparing | None = None
         self._finished: deque[tuple[Begun, Painting]] = deque()
         self._allowance = 0.0  # seconds of the last step, which others may take between two
         shelf.before_unload = self._groups.drop
 
     def warm_up(self) -> None:
         """Load the default model and find its numbers of lanes. Raises AllaprimaError."""
-        self._load(self._shelf.find(None))
+        self._loader.warm_up()
 
     def lanes_taken(self) -> dict[Size, int]:
         """Pictures that are being painted, by model and size."""
@@ -70,11 +77,15 @@ class Workshop:
         return {size: self._groups.lanes_taken(size) for size in sizes}
 
     def turn(self) -> bool:
-        """End what was cancelled, decode, prepare, and take one step; whether there was anything to do."""
+        """End what was cancelled, decode, prepare, and take one step; whether there was anything to do.
+
+        And one of a model that is measured.
+        """
         self._sweep()
         decoded = self._within_allowance(self._decode_one)
         prepared = self._within_allowance(self._prepare_one)
-        return self._step() or decoded or prepared
+        measured = self._loader.turn()
+        return self._step() or decoded or prepared or measured
 
     def _within_allowance(self, work: Callable[[], bool]) -> bool:
         """Do it at least once, and again while it takes no longer than a step; whether it did anything."""
@@ -93,7 +104,12 @@ class Workshop:
             self._discard(job)
 
     def _prepare_one(self) -> bool:
-        """Prepare the oldest picture for which there is a lane; False if there is none."""
+        """Go on with the picture that is being prepared, else with the oldest for which there is a lane.
+
+        False if there is none.
+        """
+        if self._preparing is not None:
+            return self._go_on_preparing(self._preparing)
         for begun in list(self._begun.values()):
             if begun.waiting and self._room(begun.model, begun.waiting[0][1]):
                 return self._prepare(begun)
@@ -101,16 +117,20 @@ class Workshop:
             model = self._shelf.find(job.model)
             if self._full(model, job.settings):
                 return False  # those behind it would keep it waiting for ever
-            if self._room(model, job.settings):
-                return self._begin(job, model)
+            if self._room(model, job.settings) and (began := self._begin(job, model)) is not None:
+                return began
         return False
 
-    def _begin(self, job: Job, model: Shelved) -> bool:
-        """Prepare the first picture of a job that waits; False if its model cannot be loaded yet."""
+    def _begin(self, job: Job, model: Shelved) -> bool | None:
+        """Prepare the first picture of a job that waits.
+
+        None if its model is on its way, False if it has no room until all that runs with another is done.
+        """
+        painted = {begun.model for begun in self._begun.values()}
         try:
-            pipeline = self._load(model)
+            pipeline = self._loader.ask(model, lambda other: other not in painted)
             if pipeline is None:
-                return False
+                return None if self._loader.coming(model) else False
             settings = pipeline.settle(job.settings)
         except Exception as error:
             self._end(job, _told(error))
@@ -122,22 +142,41 @@ class Workshop:
 
     def _prepare(self, begun: Begun) -> bool:
         index, settings = begun.waiting.popleft()
-        pipeline, started = self._pipeline(begun.model), perf_counter()
-        size = begun.model.name, settings.height, settings.width
+        parts = self._pipeline(begun.model).prepare_in_parts(
+            settings, preview_every=begun.job.order.preview_every
+        )
+        self._preparing = Preparing(begun, index, parts)
+        return self._go_on_preparing(self._preparing)
+
+    def _go_on_preparing(self, preparing: Preparing) -> bool:
+        """Do the next part of it; after the last one the picture takes steps with those of its kind."""
+        begun, started = preparing.begun, perf_counter()
         try:
-            painting = pipeline.prepare(settings, preview_every=begun.job.order.preview_every)
-            group = self._groups.enter(
-                begun.model.name, painting, lambda: pipeline.lanes(painting.shape, self._most(*size))
-            )
+            next(preparing.parts)
+        except StopIteration as end:
+            self._preparing = None
+            self._enter(preparing, end.value, started)
+        except Exception as error:
+            self._preparing = None
+            self._end(begun.job, _told(error))
+        else:
+            preparing.seconds += perf_counter() - started
+        return True
+
+    def _enter(self, preparing: Preparing, painting: Painting, started: float) -> None:
+        begun, name = preparing.begun, preparing.begun.model.name
+        shape, pipeline = painting.shape, self._pipeline(begun.model)
+        most = self._loader.lanes(name, shape.height, shape.width)
+        try:
+            group = self._groups.enter(name, painting, lambda: pipeline.lanes(shape, most))
         except Exception as error:
             self._end(begun.job, _told(error))
-            return True
-        begun.paintings[painting] = index, group
-        seconds = perf_counter() - started
+            return
+        begun.paintings[painting] = preparing.index, group
+        seconds = preparing.seconds + perf_counter() - started
         group.spent += seconds
-        self._watch.staged(begun.model.name, "encode", seconds)
+        self._watch.staged(name, "encode", seconds)
         begun.job.update(steps=painting.rows * begun.job.settings.num_images)
-        return True
 
     def _step(self) -> bool:
         group = self._groups.next()
@@ -200,6 +239,8 @@ class Workshop:
         begun = self._begun.pop(job, None)
         if begun is None:
             return
+        if self._preparing is not None and self._preparing.begun is begun:
+            self._preparing = None
         for painting, (_, group) in begun.paintings.items():
             if group is not None:
                 self._groups.leave(group, painting)
@@ -210,30 +251,12 @@ class Workshop:
         size = model.name, settings.height, settings.width
         if not self._joins and any(each.row for group in self._groups.busy for each in group.lanes.paintings):
             return False
-        return self._groups.lanes_taken(size) < self._most(*size)
+        return self._groups.lanes_taken(size) < self._loader.lanes(*size)
 
     def _full(self, model: Shelved, settings: Settings) -> bool:
         """Whether a picture's size must wait for another one to be done."""
         size = model.name, settings.height, settings.width
         return len(self._groups.busy) >= MOST_GROUPS and not self._groups.lanes_taken(size)
-
-    def _most(self, model: str, height: int, width: int) -> int:
-        return self._fixed or scaled(self._measured.get(model, {}), height, width)
-
-    def _load(self, model: Shelved) -> Pipeline | None:
-        """A model's pipeline, measured when it is loaded for the first time; see Shelf.load."""
-        painted = {begun.model.name for begun in self._begun.values()}
-        pipeline = self._shelf.load(model, lambda other: other.name not in painted)
-        if pipeline is not None and model.name not in self._measured:
-            self._measured[model.name] = dict(self._measure(model, pipeline))
-        return pipeline
-
-    def _measure(self, model: Shelved, pipeline: Pipeline) -> Iterator[tuple[tuple[int, int], int]]:
-        defaults = model.bundle.manifest.defaults
-        of_default = model is self._shelf.find(None)
-        for height, width in self._warm if of_default else ((defaults.height, defaults.width),):
-            most = MOST_LANES if self._fixed is None else 1
-            yield (height, width), measure_lanes(pipeline, height, width, most)
 
     @staticmethod
     def _pipeline(model: Shelved) -> Pipeline:

@@ -171,7 +171,12 @@ export class Settings {
 
   /** The settings that a model is best with, and the sizes that it can. */
   #takeModel() {
-    const { height, width, multiple, takes, num_inference_steps, guidance_scale } = this.model;
+    const { height, width, multiple, takes, num_inference_steps, guidance_scale, most } = this.model;
+    $("steps").max = most.num_inference_steps;
+    $("count").max = most.num_images;
+    for (const slide of document.querySelectorAll('.slide[data-for="steps"]')) {
+      slide.max = Math.min(60, most.num_inference_steps);
+    }
     for (const side of ["width", "height"]) Object.assign($(side), { min: multiple, step: multiple });
     this.#set("steps", num_inference_steps);
     this.#set("guidance", guidance_scale);

@@ -63,7 +63,7 @@ class Stream:
 class DeviceMemory:
     """The host's, but not by that name."""
 
-    allocate, copy = HOST.allocate, HOST.copy
+    allocate, copy, attach = HOST.allocate, HOST.copy, HOST.attach
 
 
 def test_on_a_device_marks_are_read_when_all_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from allaprima.export.source import open_checkpoint
 from allaprima.runtime import Pipeline, Progress, Request, Settings, read_parameters
 from allaprima.runtime.footprint import Footprint
 from allaprima.runtime.kandinsky import Kandinsky
+from allaprima.runtime.loop import run_out
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.opener import Opener
 
@@ -102,7 +103,7 @@ def test_embeddings(pair: Pair, negative: str | None, scale: float, steps: int) 
     )
     told = family.plan(settings)
     assert told.warnings == ()
-    told.draw([Noise(SEED), Noise(SEED + 1)])
+    run_out(told.draw([Noise(SEED), Noise(SEED + 1)]))
     for index in range(2):
         made = prior(
             PROMPT,
@@ -200,13 +201,44 @@ def test_other_backends_paint_the_same(pair: Pair) -> None:
         assert worst(pixels(pair[1], **settings), pixels(other, **settings)) >= 45
 
 
+def test_others_take_steps_between_those_of_a_prior(pair: Pair) -> None:
+    """Both pictures are to the bit what each is alone."""
+    _, pipeline = pair
+    requests = [
+        Request(PROMPT, seed=seed, num_inference_steps=9, prior_num_inference_steps=4) for seed in (1, 2)
+    ]
+    first, second = (pipeline.settle(request)[0] for request in requests)
+    painted = pipeline.prepare(first)
+    lanes = pipeline.lanes(painted.shape, 2)
+    lanes.admit(painted)
+    steps: list[int] = []
+
+    def take_a_step(_: None) -> None:
+        lanes.step()
+        steps.append(painted.row)
+
+    joined = run_out(pipeline.prepare_in_parts(second), take_a_step)
+    assert steps == [1, 2, 3, 4]
+    assert joined.encoding > 0
+    lanes.admit(joined)
+    made = []
+    for painting in (painted, joined):
+        while not painting.done:
+            lanes.step()
+        lanes.release(painting)
+        made.append(np.stack([np.asarray(image) for image in pipeline.finish(painting).images]))
+    for request, together in zip(requests, made, strict=True):
+        alone = pipeline.paint(request)
+        assert np.array_equal(np.stack([np.asarray(image) for image in alone.images]), together)
+
+
 def test_half_is_close_to_full(pair: Pair, kandinsky_half_bundle: Bundle) -> None:
     """Random weights make pictures of full contrast, in which guidance multiplies what 16 bits round."""
     with Pipeline.open(kandinsky_half_bundle.folder, backend="ort", threads=1) as half:
         embeds = []
         for pipeline in (pair[1], half):
             told = family_of(pipeline).plan(family_of(pipeline).settle(settings_of(pipeline)))
-            told.draw([Noise(SEED)])
+            run_out(told.draw([Noise(SEED)]))
             embeds.append(told.embeds)
         assert np.abs(embeds[0] - embeds[1]).max() <= 0.01 * np.abs(embeds[0]).max()
         settings = {**STEPS, "guidance_scale": 1.0}

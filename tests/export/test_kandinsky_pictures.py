@@ -17,6 +17,7 @@ from allaprima.cli.main import main
 from allaprima.export import export_checkpoint
 from allaprima.runtime import Pipeline, Request, read_parameters
 from allaprima.runtime.kandinsky import Kandinsky
+from allaprima.runtime.loop import run_out
 from allaprima.runtime.noise import Noise
 
 from .test_kandinsky import NEGATIVE, PROMPT, SEED, STEPS, Pair, parts_of, pixels, worst
@@ -59,7 +60,7 @@ def draw(pipeline: Pipeline, prompt: str, streams: list[Noise], **options: Any) 
     assert isinstance(family, Kandinsky)
     told = family.plan(family.settle(Request(prompt, **options).check(pipeline.bundle.manifest)))
     assert told.warnings == ()
-    told.draw(streams)
+    run_out(told.draw(streams))
     return told.embeds
 
 

@@ -1,6 +1,7 @@
 """What only an NVIDIA GPU can tell. `make test-gpu` runs these; elsewhere they skip and say so."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,12 @@ def test_two_pipelines(shapes: Bundle, backend: str) -> None:
         assert np.array_equal(paint(two, 1), alone[0])
         assert np.array_equal(paint(one, 2), alone[1])
         assert np.array_equal(paint(two, 2), alone[1])
+
+
+def test_on_another_thread_than_it_was_opened_on(shapes: Bundle, backend: str) -> None:
+    """As a server does it, which loads models while it paints."""
+    with ThreadPoolExecutor(1) as other, open_built(shapes, backend) as pipeline:
+        assert np.array_equal(other.submit(paint, pipeline, 1).result(), paint(pipeline, 1))
 
 
 def test_memory_does_not_grow(shapes: Bundle, backend: str, gpu: Gpu) -> None:

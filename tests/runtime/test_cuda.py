@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,7 @@ class LazyGpu(Gpu):
     def __init__(self, limit: int = 1 << 30) -> None:
         self._scratch = None
         self.exclusive = threading.RLock()
+        self.threads = {threading.get_ident()}
         self.queue: list[Callable[[], object]] = []
         self.captured: list[Callable[[], object]] | None = None
         self.limit, self.waits, self.launches, self.alive = limit, 0, 0, weakref.WeakSet[Any]()
@@ -74,6 +76,9 @@ class LazyGpu(Gpu):
         mark = len(self.queue)
         return lambda: self._run(mark)
 
+    def attach(self) -> None:
+        self.threads.add(threading.get_ident())
+
     def synchronize(self) -> None:
         self.waits += 1
         self._run(len(self.queue))
@@ -85,6 +90,7 @@ class LazyGpu(Gpu):
         return Graph(lambda: self._launch(captured)) if done else None
 
     def enqueue(self, work: Callable[[], object], stream: int = STREAM) -> None:
+        assert threading.get_ident() in self.threads, "CUDA has no context in this thread"
         assert (stream == CAPTURING) == (self.captured is not None)
         (self.queue if self.captured is None else self.captured).append(work)
 
@@ -330,6 +336,17 @@ def test_pictures_that_come_and_go(bundle: Bundle, tmp_path: Path, capturable: b
             assert together is not None
             assert alone.tobytes() == together.tobytes()
         assert bool(gpu.launches) or not capturable
+
+
+def test_on_another_thread_than_it_was_opened_on(bundle: Bundle, tmp_path: Path) -> None:
+    """As a server does it, which loads models while it paints."""
+    with (
+        ThreadPoolExecutor(1) as other,
+        Pipeline.open(bundle.folder, backend="ort", threads=1) as host,
+        open_pipeline(bundle, LazyGpu(), tmp_path) as device,
+    ):
+        made = other.submit(lambda: device.generate("a red circle", seed=5, **REQUESTS[0])).result()
+        assert pixels(made) == pixels(host.generate("a red circle", seed=5, **REQUESTS[0]))
 
 
 def test_no_waiting_between_steps(bundle: Bundle, tmp_path: Path) -> None:

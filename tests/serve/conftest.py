@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from allaprima.bundle import builtin_bundle
 from allaprima.serve.app import create_app
 from allaprima.serve.limits import Limits
 from allaprima.serve.server import Server, listen
@@ -73,6 +75,25 @@ def submit_raw(url: str, *parts: str | bytes, pause: float = 0) -> str:
             while data := connection.recv(1 << 16):
                 found += data
     return found.decode("latin-1")
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> Callable[[str], Path]:
+    """Copies of `shapes` by other names."""
+
+    def copy(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in builtin_bundle("shapes").rglob("*"):
+            if path.is_file():
+                target = folder / path.relative_to(builtin_bundle("shapes"))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        manifest = folder / "bundle.json"
+        manifest.write_text(manifest.read_text().replace('"name": "shapes"', f'"name": "{name}"', 1))
+        return folder
+
+    return copy
 
 
 Serve = Callable[..., Running]

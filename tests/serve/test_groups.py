@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 from allaprima.bundle import BackendError, BundleError, builtin_bundle
 from allaprima.runtime import Pipeline
 from allaprima.runtime.lanes import Lanes
+from allaprima.runtime.loop import run_out
 from allaprima.runtime.painting import Painting, Shape
-from allaprima.serve.calibration import count_lanes, measure_lanes, scaled
+from allaprima.serve.calibration import Measuring, count_lanes, measure_lanes, scaled
 from allaprima.serve.errors import UnknownModelError
 from allaprima.serve.groups import IDLE_KEPT, Group, Groups
 from allaprima.serve.shelf import Shelf, Shelved
+
+from .conftest import until
 
 
 @dataclass(eq=False)
@@ -111,21 +115,23 @@ def test_buffers_of_idle_groups() -> None:
     ],
 )
 def test_as_many_lanes_as_gain(seconds: dict[int, float], lanes: int) -> None:
-    def rate(count: int) -> float:
+    def rate(count: int) -> Measuring[float]:
         if count not in seconds:
             raise BackendError("no memory")
+        yield
         return count / seconds[count]
 
-    assert count_lanes(rate, 16) == lanes
-    assert count_lanes(rate, 1) == 1
+    assert run_out(count_lanes(rate, 16)) == lanes
+    assert run_out(count_lanes(rate, 1)) == 1
 
 
 def test_not_even_one_lane() -> None:
-    def rate(count: int) -> float:
+    def rate(count: int) -> Measuring[float]:
+        yield
         raise BackendError("no memory")
 
     with pytest.raises(BackendError, match="no memory"):
-        count_lanes(rate, 4)
+        run_out(count_lanes(rate, 4))
 
 
 def test_lanes_of_other_sizes() -> None:
@@ -141,7 +147,9 @@ def test_lanes_of_other_sizes() -> None:
 
 def test_lanes_are_measured() -> None:
     with Pipeline.open("shapes", backend="ort", threads=1) as pipeline:
-        assert measure_lanes(pipeline, 32, 32, 2) in (1, 2)
+        parts: list[None] = []
+        assert run_out(measure_lanes(pipeline, 32, 32, 2), parts.append) in (1, 2)
+        assert len(parts) == 6
         pipeline.generate("a", height=32, width=32, num_inference_steps=1)
 
 
@@ -153,25 +161,6 @@ class Opened:
 
     def close(self) -> None:
         self.closed = True
-
-
-@pytest.fixture
-def copies(tmp_path: Path) -> Callable[[str], Path]:
-    """Copies of `shapes` by other names."""
-
-    def copy(name: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        for path in builtin_bundle("shapes").rglob("*"):
-            if path.is_file():
-                target = folder / path.relative_to(builtin_bundle("shapes"))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
-        manifest = folder / "bundle.json"
-        manifest.write_text(manifest.read_text().replace('"name": "shapes"', f'"name": "{name}"', 1))
-        return folder
-
-    return copy
 
 
 def make_shelf(folders: list[Path], models: float) -> tuple[Shelf, list[int | None]]:
@@ -190,14 +179,22 @@ def always(_: Shelved) -> bool:
     return True
 
 
+def load(shelf: Shelf, model: Shelved, idle: Callable[[Shelved], bool] = always) -> Pipeline | None:
+    """Ask for a model, wait, and fetch it."""
+    if (pipeline := shelf.fetch(model, idle)) is None:
+        shelf.wait(model)
+        pipeline = shelf.fetch(model, idle)
+    return pipeline
+
+
 def test_least_recently_used_models_go(copies: Callable[[str], Path]) -> None:
     shelf, limits = make_shelf([copies(name) for name in ("one", "two", "three")], 2.5)
     one, two, three = shelf.models
     told: list[str] = []
     shelf.before_unload = told.append
-    first, second = shelf.load(one, always), shelf.load(two, always)
-    assert shelf.load(one, always) is first
-    shelf.load(three, always)
+    first, second = load(shelf, one), load(shelf, two)
+    assert load(shelf, one) is first
+    load(shelf, three)
     assert told == ["two"]
     assert cast(Opened, second).closed
     assert (one.pipeline, two.pipeline) == (first, None)
@@ -210,17 +207,58 @@ def test_least_recently_used_models_go(copies: Callable[[str], Path]) -> None:
 def test_models_in_use_stay(copies: Callable[[str], Path]) -> None:
     shelf, _ = make_shelf([copies(name) for name in ("one", "two")], 1.5)
     one, two = shelf.models
-    shelf.load(one, always)
-    assert shelf.load(two, lambda other: False) is None
+    load(shelf, one)
+    assert load(shelf, two, lambda other: False) is None
     assert one.pipeline is not None
-    assert shelf.load(two, always) is not None
+    assert load(shelf, two) is not None
     assert one.pipeline is None
 
 
 def test_a_model_larger_than_the_limit_is_opened_within_it(copies: Callable[[str], Path]) -> None:
     shelf, limits = make_shelf([copies("one")], 0.5)
-    assert shelf.load(shelf.models[0], always) is not None
+    assert load(shelf, shelf.models[0]) is not None
     assert limits == [shelf.models[0].size // 2]
+
+
+def test_a_model_that_nobody_waits_for_any_more_makes_room(copies: Callable[[str], Path]) -> None:
+    shelf, _ = make_shelf([copies(name) for name in ("one", "two")], 1.5)
+    one, two = shelf.models
+    assert shelf.fetch(one, always) is None
+    shelf.wait(one)
+    assert load(shelf, two) is not None
+    assert (one.pipeline, one.loading) == (None, None)
+
+
+def test_a_model_that_is_loaded_too_late() -> None:
+    """When the shelf is closed it is let go of as soon as it is there."""
+    go, opened = threading.Event(), Opened()
+
+    def opens(folder: Path, limit: int | None) -> Pipeline:
+        assert go.wait(10)
+        return cast(Pipeline, opened)
+
+    shelf = Shelf(["shapes"], opens, None)
+    assert shelf.fetch(shelf.models[0], always) is None
+    assert shelf.fetch(shelf.models[0], always) is None
+    shelf.close()
+    assert not opened.closed
+    go.set()
+    until(lambda: opened.closed)
+
+
+def test_a_model_that_fails_is_tried_again() -> None:
+    found: list[Exception | Opened] = [BackendError("no such device"), Opened()]
+
+    def opens(folder: Path, limit: int | None) -> Pipeline:
+        each = found.pop(0)
+        if isinstance(each, Exception):
+            raise each
+        return cast(Pipeline, each)
+
+    shelf = Shelf(["shapes"], opens, None)
+    with pytest.raises(BackendError, match="no such device"):
+        load(shelf, shelf.models[0])
+    assert load(shelf, shelf.models[0]) is not None
 
 
 def test_names(copies: Callable[[str], Path]) -> None:

@@ -271,6 +271,12 @@ def test_models(client: httpx.Client) -> None:
         "width": 128,
         "num_inference_steps": 20,
         "guidance_scale": 2.0,
+        "most": {
+            "num_images": 8,
+            "num_inference_steps": 150,
+            "pixels": 2048 * 2048,
+            "work": 8 * 50 * 1024 * 1024,
+        },
     }
     assert (second["name"], second["default"]) == ("other", False)
 

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -468,6 +469,19 @@ def test_several_models_can_be_chosen(browser: Chrome, serve: Serve) -> None:
     page.painted()
     assert last_order(server).model == "other"
     assert "other" in page.text("parameters")
+
+
+def test_what_the_server_allows(browser: Chrome, serve: Serve) -> None:
+    page = Page(browser, serve(limits=replace(LIMITS, steps=12, images=2)).url)
+    page.open()
+    page.wait_ready()
+    page.write("steps", "13")
+    page.paint("a red circle")
+    assert page.text("notice-text") == "Steps should be between 1 and 12."
+    page.write("steps", "12")
+    page.write("count", "3")
+    page.click("paint")
+    assert page.text("notice-text") == "Pictures should be between 1 and 2."
 
 
 def test_a_key_is_asked_for(browser: Chrome, serve: Serve) -> None:

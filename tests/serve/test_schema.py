@@ -25,7 +25,6 @@ CHECKS: list[Any] = [
     not_a_server_error,
     status_code_conformance,
     content_type_conformance,
-    negative_data_rejection,
     response_schema_conformance,
 ]
 
@@ -39,7 +38,10 @@ CHECKS: list[Any] = [
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 def test_the_server_is_as_its_schema_says(case: Any, server: Running) -> None:
-    case.call_and_validate(base_url=server.url, checks=CHECKS, timeout=20)
+    # Clients of AUTOMATIC1111 write "7" and 0 for numbers and for False, which it takes as they are meant.
+    lax = case.path.startswith("/sdapi/")
+    checks = CHECKS if lax else [*CHECKS, negative_data_rejection]
+    case.call_and_validate(base_url=server.url, checks=checks, timeout=20)
 
 
 def test_it_is_served(server: Running) -> None:

@@ -180,7 +180,7 @@ def test_bad_orders(studio: Studio) -> None:
     assert studio.model("shapes").manifest.name == "shapes"
 
 
-@pytest.mark.parametrize("where", ["prepare", "finish"])
+@pytest.mark.parametrize("where", ["painter.Painter.begin", "pipeline.Pipeline.finish"])
 def test_a_picture_that_fails(studio: Studio, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Takes no other one with it, and the lanes are free."""
 
@@ -188,7 +188,7 @@ def test_a_picture_that_fails(studio: Studio, monkeypatch: pytest.MonkeyPatch, w
         raise BackendError("no power")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, where, fail)
+        patch.setattr(f"allaprima.runtime.{where}", fail)
         with pytest.raises(BackendError, match="no power"):
             done(studio.submit(Order(Request("a", num_inference_steps=1, **SMALL))))
     assert studio.load().lanes == {}
@@ -200,7 +200,7 @@ def test_an_exception_that_nobody_thought_of(studio: Studio, monkeypatch: pytest
         raise ZeroDivisionError("at /a/secret/path")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "prepare", fail)
+        patch.setattr("allaprima.runtime.painter.Painter.begin", fail)
         with pytest.raises(BackendError, match=r"could not be painted \(ZeroDivisionError\)"):
             done(studio.submit(Order(Request("a", num_inference_steps=1, **SMALL))))
     assert studio.ready
