@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from allaprima.benchmarks.plan import side_by_side
 from allaprima.benchmarks.result import Result, read_work
@@ -122,16 +122,22 @@ def _render(draw: Draw, theme: Theme) -> str:
     return re.sub(r"\n\s*", "\n", named)  # indentation is a tenth of the file
 
 
-def _colours(names: Sequence[str]) -> Mapping[str, tuple[str, str]]:
-    """Colour and mark of each contestant."""
-    return {
-        name: (COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)])
-        for index, name in enumerate(dict.fromkeys(names))
-    }
+class Look(NamedTuple):
+    """How a contestant is drawn: its colour, its mark, and its line as matplotlib names it."""
+
+    colour: str
+    mark: str
+    line: str
 
 
-def _contestants(result: Result) -> Mapping[str, tuple[str, str]]:
-    return _colours(list(result["contestants"]))
+def looks_of(result: Result) -> Mapping[str, Look]:
+    """How each contestant is drawn, all of them differently: colours that come again have other marks."""
+    looks = {}
+    for index, name in enumerate(result["contestants"]):
+        again, place = divmod(index, len(COLOURS))
+        mark = MARKS[(place + again) % len(MARKS)]
+        looks[name] = Look(COLOURS[place], mark, ("-", "--", ":", "-.")[again % 4])
+    return looks
 
 
 def latency(result: Result) -> Draw | None:
@@ -140,10 +146,10 @@ def latency(result: Result) -> Draw | None:
     if len({row.work.steps for row in found}) < 2:
         return None
     shape = side_by_side(row.work for row in found).shape
-    looks, lines = _contestants(result), {fit.contestant: fit for fit in fits(found) if _shape(fit) == shape}
+    looks, lines = looks_of(result), {fit.contestant: fit for fit in fits(found) if _shape(fit) == shape}
 
     def draw(axes: Axes, theme: Theme) -> None:
-        for name, (colour, mark) in looks.items():
+        for name, (colour, mark, dash) in looks.items():
             mine = [row for row in found if row.contestant == name and row.work.shape == shape]
             if not mine:
                 continue
@@ -166,7 +172,8 @@ def latency(result: Result) -> Draw | None:
             if name in lines:
                 line = lines[name].line
                 ends = [min(steps), max(steps)]
-                axes.plot(ends, [line.fixed + line.per_step * each for each in ends], color=colour, lw=1.2)
+                heights = [line.fixed + line.per_step * each for each in ends]
+                axes.plot(ends, heights, dash, color=colour, lw=1.2)
         counts = sorted({row.work.steps for row in found})
         axes.set_xticks(counts, [str(each) for each in counts])
         axes.set_xlabel(f"denoising steps (batch {shape[0]}, {shape[1]}x{shape[2]})")
@@ -184,10 +191,10 @@ def throughput(result: Result) -> Draw | None:
     if len({row.work.batch for row in found}) < 2:
         return None
     shown = side_by_side(row.work for row in found)
-    looks = _contestants(result)
+    looks = looks_of(result)
 
     def draw(axes: Axes, theme: Theme) -> None:
-        for name, (colour, mark) in looks.items():
+        for name, (colour, mark, dash) in looks.items():
             mine = [
                 (row.work.batch, row.rate)
                 for row in found
@@ -195,7 +202,7 @@ def throughput(result: Result) -> Draw | None:
             ]
             if mine:
                 axes.plot(
-                    *zip(*sorted(mine), strict=True), mark + "-", ms=4.5, lw=1.2, color=colour, label=name
+                    *zip(*sorted(mine), strict=True), mark + dash, ms=4.5, lw=1.2, color=colour, label=name
                 )
         axes.set_xscale("log", base=2)
         batches = sorted({row.work.batch for row in found})
@@ -248,12 +255,12 @@ def roofline(result: Result) -> Draw | None:
     # One shape: the same graph at another one lies so near that the names could not be read.
     shape = side_by_side(point.work for point in found).shape
     found = [point for point in found if point.work.shape == shape]
-    looks = _contestants(result)
+    looks = looks_of(result)
 
     def draw(axes: Axes, theme: Theme) -> None:
         marks = dict(zip(dict.fromkeys(point.component for point in found), MARKS, strict=False))
         span = _span(found)
-        for name, (colour, _) in looks.items():
+        for name, (colour, _, dash) in looks.items():
             mine = [point for point in found if point.contestant == name]
             limits = ceiling(result, name)
             if not mine or limits is None:
@@ -261,6 +268,7 @@ def roofline(result: Result) -> Draw | None:
             axes.plot(
                 span,
                 [min(limits[0], each * limits[1]) / 1e9 for each in span],
+                dash,
                 color=colour,
                 lw=1.2,
                 label=name,
@@ -273,6 +281,7 @@ def roofline(result: Result) -> Draw | None:
             axes.plot([], [], mark, color=theme.text, ms=5, label=component)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter("")  # they would overlap
         axes.set_xlabel("operations a byte")
         axes.set_ylabel("billion operations a second")
         _legend(axes)
@@ -294,12 +303,12 @@ def quality(result: Result) -> Draw | None:
     if not decibels or not found:
         return None
     work = read_work(result["quality"])
-    looks = _contestants(result)
+    looks = looks_of(result)
 
     def draw(axes: Axes, theme: Theme) -> None:
         for row in found:
             if row.work == work and row.contestant in decibels:
-                colour, mark = looks[row.contestant]
+                colour, mark, _ = looks[row.contestant]
                 axes.plot(row.rate, decibels[row.contestant], mark, ms=7, color=colour, label=row.contestant)
         axes.set_xlabel(f"pictures a second ({work})")
         axes.set_ylabel(f"PSNR to {result['quality']['reference']}, dB")

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,6 @@ class Traffic:
         """The request of a place."""
         return Request(
             PROMPT, seed=index, num_inference_steps=self.steps[index], height=self.height, width=self.width
-        )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How pictures are painted: a bundle, a backend, the threads, and the lanes of a batch."""
-
-    bundle: Path
-    backend: str
-    precision: str | None
-    threads: int
-    lanes: int
-
-    def open(self, folder: Path, limit: int | None = None) -> Pipeline:
-        """A pipeline."""
-        return Pipeline.open(
-            folder, backend=self.backend, precision=self.precision, threads=self.threads, memory_limit=limit
         )
 
 
@@ -132,11 +115,16 @@ def _paint(pipeline: Pipeline, traffic: Traffic, steps: int, count: int) -> floa
 
 
 @contextmanager
-def opened_studio(setting: Setting, way: str, size: tuple[int, int]) -> Iterator[Studio]:
-    """A studio that batches in one of the ways, warm."""
-    lanes = 1 if way == "none" else setting.lanes
+def opened_studio(pipeline: Pipeline, way: str, lanes: int, size: tuple[int, int]) -> Iterator[Studio]:
+    """A studio that batches in one of the ways, warm, with a pipeline that others use at other times."""
+    lanes = 1 if way == "none" else lanes
     studio = Studio(
-        [setting.bundle], setting.open, limits=LIMITS, lanes=lanes, warm=[size], joins=way != "static"
+        [pipeline.bundle.folder],
+        lambda folder, limit: pipeline,
+        limits=LIMITS,
+        lanes=lanes,
+        warm=[size],
+        joins=way != "static",
     )
     studio.start()
     try:
@@ -187,7 +175,8 @@ def summarise(way: str, load: float, runs: Sequence[tuple[Sequence[float], float
 
 
 def measure(
-    setting: Setting,
+    pipeline: Pipeline,
+    lanes: int,
     traffic: Traffic,
     loads: Sequence[float],
     tell: Callable[[str], None],
@@ -205,12 +194,11 @@ def measure(
     found: dict[tuple[float, str], list[tuple[list[float], float]]] = {}
     saturated: list[dict[str, float]] = []
     with ExitStack() as stack:
-        pipeline = stack.enter_context(setting.open(setting.bundle))
         alone = paint_alone(pipeline, traffic)
-        studios = {way: stack.enter_context(opened_studio(setting, way, size)) for way in WAYS}
+        studios = {way: stack.enter_context(opened_studio(pipeline, way, lanes, size)) for way in WAYS}
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}: all at once")
-            saturated.append(_saturate(pipeline, setting.lanes, studios, traffic))
+            saturated.append(_saturate(pipeline, lanes, studios, traffic))
             capacity = saturated[-1]["offline"]
             for load, (way, studio) in itertools.product(loads, studios.items()):
                 tell(f"round {number + 1} of {rounds}: {load:g} of {capacity:.3g} pictures/s, {way}")
@@ -299,31 +287,32 @@ def _measure(options: argparse.Namespace, command: str) -> str:
     defaults = bundle.manifest.defaults
     width, height = parse_sizes(options.size)[0] if options.size else (defaults.width, defaults.height)
     threads = read_machine().cores
-    setting = Setting(bundle.folder, options.backend, options.precision, threads, options.lanes or 1)
-    if options.lanes is None:
-        with setting.open(bundle.folder) as pipeline:
-            setting = replace(setting, lanes=run_out(measure_lanes(pipeline, height, width, MOST_LANES)))
     traffic = draw_traffic(options.steps, options.queries, height, width, options.seed)
-    results = measure(
-        setting,
-        traffic,
-        options.loads,
-        _tell,
-        rounds=options.rounds,
-        seed=options.seed,
-        bound=options.bound,
-    )
+    with Pipeline.open(
+        bundle.folder, backend=options.backend, precision=options.precision, threads=threads
+    ) as pipeline:
+        lanes = options.lanes or run_out(measure_lanes(pipeline, height, width, MOST_LANES))
+        results = measure(
+            pipeline,
+            lanes,
+            traffic,
+            options.loads,
+            _tell,
+            rounds=options.rounds,
+            seed=options.seed,
+            bound=options.bound,
+        )
     name = f"serving-{bundle.manifest.name}"
     kinds = ", ".join(map(str, options.steps))
     lines = [
-        f"{bundle.manifest.name} at {width}x{height}, {options.backend}, at most {setting.lanes} lanes, "
+        f"{bundle.manifest.name} at {width}x{height}, {options.backend}, at most {lanes} lanes, "
         f"{options.rounds} rounds of {options.queries} requests a run, each with one of {kinds} steps. "
         f"A picture alone takes {results['alone']:.2f} s; "
         f"goodput counts what is done within {results['bound']:.2f} s.",
         "",
         *tabulate(results),
     ]
-    about = {**stamp(command, bundle.manifest.name, threads), "steps": options.steps, "lanes": setting.lanes}
+    about = {**stamp(command, bundle.manifest.name, threads), "steps": options.steps, "lanes": lanes}
     about |= {
         "backend": options.backend,
         "queries": options.queries,

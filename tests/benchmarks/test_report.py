@@ -11,7 +11,7 @@ import pytest
 from allaprima.benchmarks import plots
 from allaprima.benchmarks.page import write_report
 from allaprima.benchmarks.plan import Work
-from allaprima.benchmarks.plots import plot_all
+from allaprima.benchmarks.plots import looks_of, plot_all
 from allaprima.benchmarks.result import SCHEMA, Result, read, turn_to_json, write
 from allaprima.benchmarks.roofline import points
 from allaprima.benchmarks.summary import against, costs, fits, rows
@@ -173,6 +173,14 @@ def test_every_plot_is_small_and_always_the_same(full: Result, tmp_path: Path) -
     assert light != dark
     assert plots.DARK.text in dark
     assert plots.DARK.text not in light
+
+
+def test_many_contestants_all_look_different(result: Result) -> None:
+    (contestant, *_) = result["contestants"].values()
+    result["contestants"] = {str(number): contestant for number in range(20)}
+    looks = looks_of(result)
+    assert len({(look.colour, look.mark) for look in looks.values()}) == 20
+    assert len({(look.colour, look.line) for look in looks.values()}) == 20
 
 
 def test_a_result_of_nothing_has_no_plots(result: Result, tmp_path: Path) -> None:
