@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from allaprima.serve.limits import Limits
     from allaprima.serve.settings import ServerSettings
 
+USUAL_STEPS = 50
+"""That a picture of the largest size may have."""
 KEYS = "ALLAPRIMA_API_KEY"
 """The variable with API keys, separated by commas."""
 _PACKAGES = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn")
@@ -56,7 +58,7 @@ def _add_door(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="without API keys, a name by which the server may be called, besides localhost",
+        help="without API keys, a name by which the server may be called, besides localhost and its address",
     )
     add("--log-prompts", action="store_true", help="write prompts to the log")
 
@@ -90,7 +92,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits")
     add = group.add_argument
     add("--queue", metavar="N", type=_parse_count, help="pictures that may wait (64)")
-    add("--deadline", metavar="SECONDS", type=_parse_seconds, help="of a job that does not say (600)")
+    add("--deadline", metavar="SECONDS", type=_parse_deadline, help="of a job that does not say (600)")
     add("--max-images", metavar="N", type=_parse_count, help="pictures of one request (8)")
     add("--max-steps", metavar="N", type=_parse_count, help="denoising steps of one request (150)")
     add(
@@ -171,7 +173,7 @@ def read_settings(options: argparse.Namespace) -> ServerSettings:
                 "127.0.0.1; --insecure lets everybody in"
             )
         print_warnings([f"everybody who reaches {options.host} can use this server"])
-    hosts = ("localhost", *options.allow_host) if local and not keys else None
+    hosts = None if keys else ("localhost", *options.allow_host)
     return ServerSettings(
         api_keys=keys, hosts=hosts, limits=_read_limits(options), log_prompts=options.log_prompts
     )
@@ -182,9 +184,12 @@ def _read_limits(options: argparse.Namespace) -> Limits:
     from allaprima.serve.limits import Limits
 
     pixels, upload = options.max_pixels, options.max_upload
+    usual = Limits()
     given = {
         "queue": options.queue,
         "deadline": options.deadline,
+        "most_deadline": max(usual.most_deadline, options.deadline or 0.0),
+        "work": max(usual.work, USUAL_STEPS * pixels[0] * pixels[1]) if pixels else None,
         "images": options.max_images,
         "steps": options.max_steps,
         "pixels": None if pixels is None else pixels[0] * pixels[1],
@@ -203,6 +208,13 @@ def _parse_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' should be a whole number of at least 1")
     return int(text)
+
+
+def _parse_deadline(text: str) -> float:
+    seconds = _parse_seconds(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' should be more than 0 seconds")
+    return seconds
 
 
 def _parse_seconds(text: str) -> float:

@@ -33,6 +33,11 @@ class Lanes:
         """Those that take the next step."""
         return tuple(self._paintings)
 
+    @property
+    def newcomers(self) -> tuple[Painting, ...]:
+        """Those of them that have no lane yet."""
+        return tuple(painting for painting in self._paintings if painting not in self._lanes)
+
     def admit(self, painting: Painting) -> None:
         """Let a picture take part from the next step on."""
         self._paintings.append(painting)

@@ -314,6 +314,11 @@ class Pipeline:
         warnings = painting.warnings + warn_flagged(flagged)
         return Result(images, parameters, timings, warnings, flagged, latents)
 
+    @property
+    def limited(self) -> bool:
+        """Whether weights come and go, to stay within a limit of memory."""
+        return self._components.limited
+
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):

@@ -7,7 +7,7 @@ it would have changed the picture.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +16,7 @@ from allaprima.bundle import Manifest, RequestError
 from allaprima.runtime import Request
 from allaprima.runtime.samplers import SamplerInfo, find
 from allaprima.runtime.samplers.catalog import RULES
+from allaprima.serve.limits import MOST
 from allaprima.serve.uploads import decode_base64, read_alpha_mask, read_upload
 
 USUAL_RULES = {
@@ -36,6 +37,9 @@ _CROP, _FILL = 1, 2
 """Resize modes; 0 and 3 stretch."""
 
 
+Whole = Annotated[int, Field(ge=-MOST, le=MOST)]
+
+
 class Txt2Img(BaseModel):
     """The fields of `/sdapi/v1/txt2img`; what is left out is the model's usual value."""
 
@@ -43,18 +47,18 @@ class Txt2Img(BaseModel):
 
     prompt: str = ""
     negative_prompt: str | None = None
-    steps: int | None = None
+    steps: Whole | None = None
     cfg_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
+    width: Whole | None = None
+    height: Whole | None = None
     seed: int | None = -1
     subseed: int | None = -1
     subseed_strength: float | None = 0.0
     sampler_name: str | None = None
     sampler_index: str | None = Field(None, description="The same as sampler_name, which counts more.")
     scheduler: str | None = None
-    batch_size: int | None = 1
-    n_iter: int | None = 1
+    batch_size: Whole | None = 1
+    n_iter: Whole | None = 1
     eta: float | None = None
     override_settings: dict[str, Any] | None = None
     send_images: bool = True
@@ -70,10 +74,10 @@ class Img2Img(Txt2Img):
 
     init_images: list[str] = Field(min_length=1, max_length=1)
     denoising_strength: float | None = 0.75
-    resize_mode: int | None = 0
+    resize_mode: Whole | None = 0
     mask: str | None = None
     mask_blur: float | None = Field(0, ge=0, le=256, description="In pixels of `init_images`.")
-    inpainting_mask_invert: int | None = 0
+    inpainting_mask_invert: Whole | None = 0
     include_init_images: bool = False
 
 

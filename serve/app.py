@@ -62,7 +62,12 @@ def create_app(
         middleware=[
             Middleware(Door, metrics=metrics),
             Middleware(Guard, keys=settings.api_keys, hosts=settings.hosts),
-            Middleware(BodyLimit, most=settings.limits.upload_bytes, seconds=settings.upload_seconds),
+            Middleware(
+                BodyLimit,
+                most=settings.limits.upload_bytes,
+                seconds=settings.upload_seconds,
+                together=settings.limits.uploads_bytes,
+            ),
         ],
     )
     app.state.context = context

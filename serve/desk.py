@@ -38,13 +38,13 @@ class Desk:
         settings = order.request.check(manifest)
         check_preview(order.preview_every, manifest, heard=True)
         check_limits(self._limits, settings)
-        plan_table(manifest, settings)
+        check_limits(self._limits, settings, calls=len(plan_table(manifest, settings).timesteps))
         seconds = self._limits.deadline if order.deadline is None else order.deadline
         if not 0 < seconds <= self._limits.most_deadline:
             raise OverLimitError(
                 f"deadline is {seconds:g} s: give more than 0, and at most {self._limits.most_deadline:g}"
             )
-        job = Job(order, model, settings)
+        job = Job(order.without_pictures(), model, settings)
         with self._changed:
             if self.draining:
                 raise DrainingError("the server is stopping: send it again to another one, or later")
@@ -53,6 +53,13 @@ class Desk:
                 raise BusyError(
                     f"the queue is full ({waiting} of at most {self._limits.queue} pictures wait): try later",
                     retry_after=max(1, round(waiting * self._pace)),
+                )
+            held = sum(each.input_bytes for each in self._queue)
+            if held and held + job.input_bytes > self._limits.queue_bytes:
+                raise BusyError(
+                    f"the pictures that {len(self._queue)} waiting jobs begin with take up the "
+                    "memory: try later",
+                    retry_after=max(1, round(self._pace)),
                 )
             job.on_cancel(self.wake)
             self._due[job.id] = time.monotonic() + seconds
@@ -178,8 +185,9 @@ class Desk:
         size = sum(_size(job) for job in self._ended.values())
         while self._ended:
             job = next(iter(self._ended.values()))
-            few = len(self._ended) <= self._limits.kept and size <= self._limits.kept_bytes
-            if few and (job.status.ended or 0.0) > oldest:
+            small = size <= self._limits.kept_bytes or len(self._ended) == 1  # who just ended is asked for
+            few = len(self._ended) <= self._limits.kept
+            if small and few and (job.status.ended or 0.0) > oldest:
                 break
             size -= _size(job)
             del self._ended[job.id]

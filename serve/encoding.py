@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,22 @@ class Workers:
         """Do something there. Raises what it raises."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: work(*args, **options))
+
+    async def encode_text(
+        self,
+        image: Image,
+        kind: Format,
+        parameters: Parameters | None = None,
+        *,
+        quality: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> str:
+        """As `encode`, in base64."""
+
+        def work() -> str:
+            return base64.b64encode(self._encode(image, kind, parameters, quality, size)).decode()
+
+        return await self.run(work)
 
     async def encode(
         self,

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from allaprima.bundle import BackendError, RequestError
+from allaprima.bundle import BackendError, BundleError, RequestError
 from allaprima.serve.errors import (
     BusyError,
     CancelledError,
@@ -80,7 +80,7 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(504, "deadline", str(error), headers=_DO_NOT_RETRY)
         case CancelledError():
             return Failure(409, "cancelled", str(error), headers=_DO_NOT_RETRY)
-        case BackendError():  # out of memory, or out of range: it would be so again
+        case BackendError() | BundleError():  # out of memory, or damaged: it would be so again
             return Failure(500, "server_error", BROKEN, headers=_DO_NOT_RETRY)
     return Failure(500, "server_error", BROKEN)
 

@@ -19,12 +19,14 @@ IDLE_KEPT = 4
 class Group:
     """Pictures of one model and shape. `spent` is the time that it had of the device, in seconds.
 
-    It is set forward when the group is entered after a pause: what was not used is not saved up.
+    It is set forward when the group is entered after a pause: what was not used is not saved up. `kept` says
+    whether it keeps its buffers when nobody is in it.
     """
 
     model: str
     shape: Shape
     lanes: Lanes
+    kept: bool = True
     spent: float = 0.0
     left: float = 0.0
 
@@ -43,20 +45,22 @@ class Groups:
     @property
     def busy(self) -> tuple[Group, ...]:
         """Those that somebody is in."""
-        return tuple(group for group in self._groups.values() if group.lanes.paintings)
+        groups = list(self._groups.values())  # in one go, since others ask too
+        return tuple(group for group in groups if group.lanes.paintings)
 
     def lanes_taken(self, size: Size) -> int:
         """How many pictures of a model and size are being painted."""
-        return sum(len(group.lanes.paintings) for group in self._groups.values() if group.size == size)
+        return sum(len(group.lanes.paintings) for group in list(self._groups.values()) if group.size == size)
 
-    def enter(self, model: str, painting: Painting, make: Callable[[], Lanes]) -> Group:
+    def enter(self, model: str, painting: Painting, make: Callable[[], Lanes], kept: bool = True) -> Group:
         """Let a picture take part in its group, for which `make` makes lanes if there is none yet."""
         key = model, painting.shape
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = Group(*key, make())
+            group = self._groups[key] = Group(*key, make(), kept)
         if not group.lanes.paintings:
-            floor = min((other.spent for other in self.busy), default=0.0)
+            most = max(other.spent for other in self._groups.values())
+            floor = min((other.spent for other in self.busy), default=most)
             group.spent = max(group.spent, floor)
         group.lanes.admit(painting)
         return group
@@ -65,6 +69,9 @@ class Groups:
         """Let a picture go. Groups that are empty for longest lose their buffers if there are too many."""
         group.lanes.release(painting)
         if group.lanes.paintings:
+            return
+        if not group.kept:
+            self._drop(group)
             return
         group.left = perf_counter()
         idle = sorted(

@@ -23,12 +23,14 @@ class Health(BaseModel):
 _UNWELL = {503: {"model": Health, "description": "Not so"}} | documented(403, model=Detail)
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", response_model=Health, responses=_UNWELL)
 async def live(here: Here) -> Response:
     """Whether the process can still paint; if not, it should be started anew."""
     return _say("live") if here.studio.failure is None else _say("failed", 503)
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", response_model=Health, responses=_UNWELL)
 async def ready(here: Here) -> Response:
     """Whether it is warmed up and takes orders."""

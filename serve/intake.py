@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,15 +23,27 @@ Fields = TypeVar("Fields", bound=BaseModel)
 Files = dict[str, list[bytes]]
 
 _MOST_FIELDS, _MOST_FILES = 64, 16
+_MOST_ERRORS = 100
+"""That are told one by one."""
+_LARGE = 1 << 16
+"""Bytes of JSON that are read off the event loop."""
 _DISCARDED = 4
 """Times the most that is taken: so much more of a body that is too large is waited for."""
 
 
-class BodyLimit:
-    """Bounds what is read of a request, in bytes and in seconds."""
+@dataclass
+class _Held:
+    """Bytes of a request's body that were read."""
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
-        self.app, self._most, self._seconds = app, most, seconds
+    size: int = 0
+
+
+class BodyLimit:
+    """Bounds what is read of a request, in bytes and in seconds, and of all requests together in bytes."""
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float, together: int) -> None:
+        self.app, self._most, self._seconds, self._together = app, most, seconds, together
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -45,13 +59,17 @@ class BodyLimit:
             note(scope, rejected=failure.code)
             await reply(failure, scope["path"])(scope, receive, send)
             return
-        await self.app(scope, self._bounded(receive), send)
+        held = _Held()
+        try:
+            await self.app(scope, self._bounded(receive, held), send)
+        finally:
+            self._held -= held.size
 
-    def _bounded(self, receive: Receive) -> Receive:
-        read, whole, due = 0, False, time.monotonic() + self._seconds
+    def _bounded(self, receive: Receive, held: _Held) -> Receive:
+        whole, due = False, time.monotonic() + self._seconds
 
         async def next_message() -> Message:
-            nonlocal read, whole
+            nonlocal whole
             if whole:  # what comes now is only that the client leaves
                 return await receive()
             try:
@@ -63,12 +81,15 @@ class BodyLimit:
                     f"the body was not here within {self._seconds:g} seconds",
                     {"connection": "close"},
                 ) from None
-            read += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            held.size += size
+            self._held += size
             whole = not message.get("more_body", False)
-            if read > self._most:
+            crowded = self._held > max(self._together, self._most)
+            if held.size > self._most or crowded:
                 if not whole:
                     await self._discard(receive, due)
-                raise self._too_large()
+                raise self._crowded() if crowded else self._too_large()
             return message
 
         return next_message
@@ -85,6 +106,14 @@ class BodyLimit:
                 message = await asyncio.wait_for(receive(), max(due - time.monotonic(), 0))
                 read += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
+
+    def _crowded(self) -> Refusal:
+        return Refusal(
+            429,
+            "busy",
+            "too much is being uploaded at once: try later",
+            {"connection": "close", "retry-after": "1"},
+        )
 
     def _too_large(self) -> Refusal:
         return Refusal(
@@ -118,8 +147,11 @@ async def read_json(request: Request, model: type[Fields], *, strict: bool = Tru
     """
     if kind_of(request) != "application/json":
         raise wrong_kind(request, "application/json")
+    body = await request.body()
     try:
-        return model.model_validate_json(await request.body(), strict=strict)
+        if len(body) > _LARGE:
+            return await asyncio.to_thread(model.model_validate_json, body, strict=strict)
+        return model.model_validate_json(body, strict=strict)
     except ValidationError as error:
         raise _as_request_error(error) from error
 
@@ -134,6 +166,13 @@ async def read_form(
     """
     if kind_of(request) != "multipart/form-data":
         raise wrong_kind(request, "multipart/form-data")
+    _, options = parse_options_header(request.headers.get("content-type", ""))
+    if (charset := options.get(b"charset", b"utf-8")).lower() not in (b"utf-8", b"utf8"):
+        raise Refusal(
+            415,
+            "unsupported_media_type",
+            f"the charset is {charset[:50].decode('latin-1')!r}: it should be utf-8",
+        )
     texts: dict[str, list[str]] = {}
     found: Files = {}
     async with request.form(max_fields=_MOST_FIELDS, max_files=_MOST_FILES) as form:
@@ -156,6 +195,9 @@ async def read_form(
 
 
 def _as_request_error(error: ValidationError) -> RequestValidationError:
+    if error.error_count() > _MOST_ERRORS:
+        what = f"{error.error_count()} fields are wrong"
+        return RequestValidationError([{"type": "value_error", "loc": ("body",), "msg": what}])
     details = error.errors(include_url=False, include_input=False, include_context=False)
     return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in details])
 

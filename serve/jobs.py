@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,11 @@ from typing import Literal
 from PIL.Image import Image
 
 from allaprima.runtime import Request, Result, Settings
+from allaprima.runtime.prior_request import PriorRequest
 from allaprima.serve.errors import CancelledError
 
+MOST_EVENTS = 64
+"""That wait for a listener."""
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "failed", "cancelled")
 
@@ -34,6 +38,11 @@ class Order:
     preview_every: int | None = None
     deadline: float | None = None
     owner: str | None = None
+
+    def without_pictures(self) -> Order:
+        """The same, without what takes memory."""
+        request = replace(self.request, image=None, mask=None, hint=None, prior_image=None, mix=None)
+        return replace(self, request=request)
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,15 @@ class Job:
         return self._status
 
     @property
+    def input_bytes(self) -> int:
+        """What the pictures that it begins with take, unpacked."""
+        given = self.settings
+        pictures = [given.picture, given.mask, given.hint, given.prior.picture]
+        pictures += [item for item, _ in given.prior.mix if not isinstance(item, str)]
+        sizes = (each.width * each.height * len(each.getbands()) for each in pictures if each is not None)
+        return sum(sizes)
+
+    @property
     def cancelled(self) -> bool:
         """Whether somebody asked to stop it."""
         return self._cancelled.is_set()
@@ -121,20 +139,25 @@ class Job:
     async def events(self) -> AsyncIterator[Event]:
         """What happens from now on, the present status first; ends after the event "ended".
 
-        Whoever stops listening has no effect on the job.
+        Whoever stops listening has no effect on the job; who listens slowly misses what lies far back.
         """
-        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, come = asyncio.get_running_loop(), asyncio.Event()
+        waiting: deque[Event] = deque(maxlen=MOST_EVENTS)
 
         def put(event: Event) -> None:
+            waiting.append(event)  # the oldest makes room, and "ended" comes last
             with suppress(RuntimeError):  # the loop of a listener that is gone is closed
-                loop.call_soon_threadsafe(waiting.put_nowait, event)
+                loop.call_soon_threadsafe(come.set)
 
         first = self._listen(put, self._listeners)
         try:
             yield first
             while first.kind != "ended":
-                first = await waiting.get()
-                yield first
+                await come.wait()
+                come.clear()
+                while waiting:
+                    first = waiting.popleft()
+                    yield first
         finally:
             self._forget(put, self._listeners)
 
@@ -195,6 +218,10 @@ class Job:
             event, listeners = Event("ended", self._status), (*self._listeners, *self._waiting)
             self._listeners.clear()
             self._waiting.clear()
+        # It may be kept for a while; nobody needs what it began with.
+        self.settings = replace(
+            self.settings, picture=None, latents=None, mask=None, hint=None, prior=PriorRequest()
+        )
         for listener in listeners:
             listener(event)
         return True

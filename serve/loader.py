@@ -25,13 +25,7 @@ class Loader:
         self._shelf, self._fixed, self._warm = shelf, lanes, warm
         self._measured: dict[str, dict[Size, int]] = {}
         self._measuring: dict[Shelved, Generator[None, None, None]] = {}
-
-    def warm_up(self) -> None:
-        """Load and measure the default model, and wait for it. Raises AllaprimaError."""
-        model = self._shelf.find(None)
-        while self.ask(model, lambda _: False) is None:
-            self._shelf.wait(model)
-            self.turn()
+        self._limited: set[str] = set()
 
     def ask(self, model: Shelved, idle: Callable[[Shelved], bool]) -> Pipeline | None:
         """A model's pipeline once it can paint; until then None, and it is on its way if there is room.
@@ -57,8 +51,22 @@ class Loader:
             return True
         return False
 
+    def forget(self, model: str) -> None:
+        """A model is unloaded: if it could not be measured, it is tried again."""
+        if not self._measured.get(model):
+            self._measured.pop(model, None)
+
+    def keeps(self, model: str) -> bool:
+        """Whether buffers of a model may be kept for those who come next."""
+        return model not in self._limited
+
     def lanes(self, model: str, height: int, width: int) -> int:
-        """The most pictures of a size that are painted together."""
+        """The most pictures of a size that are painted together.
+
+        One where weights come and go to stay within a limit: there is no memory to spare.
+        """
+        if model in self._limited:
+            return 1
         return self._fixed or scaled(self._measured.get(model, {}), height, width)
 
     def _measure(self, model: Shelved, pipeline: Pipeline) -> Generator[None, None, None]:
@@ -67,10 +75,12 @@ class Loader:
         A size that was not asked for, and that it cannot paint, says only that others are not measured: there
         may be engines for other sizes alone.
         """
+        if pipeline.limited:
+            self._limited.add(model.name)
         defaults = model.bundle.manifest.defaults
         of_default = model is self._shelf.find(None)
         asked = self._warm if of_default else None
-        most = MOST_LANES if self._fixed is None else 1
+        most = MOST_LANES if self._fixed is None and not pipeline.limited else 1
         found: dict[Size, int] = {}
         for size in asked or ((defaults.height, defaults.width),):
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -42,7 +41,7 @@ _SUBMITTING = documented(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 
 )
 async def submit(request: Request, here: Here) -> Response:
     """Hand in a job, as JSON with pictures in base64, or as a form with pictures as files."""
-    fields, files = await _read(request)
+    fields, files = await _read(request, here)
     most = here.settings.limits.upload_pixels
     pictures = {
         name: await here.workers.run(read_upload, contents[0], name, most) for name, contents in files.items()
@@ -52,7 +51,7 @@ async def submit(request: Request, here: Here) -> Response:
     return JSONResponse(status, 202, {"location": f"/api/jobs/{job.id}"})
 
 
-async def _read(request: Request) -> tuple[FormFields, Files]:
+async def _read(request: Request, here: Context) -> tuple[FormFields, Files]:
     kind = kind_of(request)
     if kind == "multipart/form-data":
         return await read_form(request, FormFields, PICTURES)
@@ -60,7 +59,12 @@ async def _read(request: Request) -> tuple[FormFields, Files]:
         raise wrong_kind(request, "application/json", "multipart/form-data")
     fields = await read_json(request, JobFields)
     given = {name: getattr(fields, name) for name in PICTURES}
-    return fields, {name: [decode_base64(text, name)] for name, text in given.items() if text is not None}
+    files = {
+        name: [await here.workers.run(decode_base64, text, name)]
+        for name, text in given.items()
+        if text is not None
+    }
+    return fields, files
 
 
 @router.get("/jobs", responses=_COMMON)
@@ -126,7 +130,7 @@ async def events(id: str, request: Request, here: Here) -> Response:
 async def _events(here: Context, job: Job, heard: AsyncIterator[Event]) -> AsyncIterator[bytes]:
     async for each in heard:
         if each.kind == "preview" and each.image is not None:
-            data = base64.b64encode(await here.workers.encode(each.image, "png")).decode()
+            data = await here.workers.encode_text(each.image, "png")
             yield event("preview", {"index": each.index, "image": f"data:image/png;base64,{data}"})
         else:
             yield event(each.kind, _shown(job, each.status))

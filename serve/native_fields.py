@@ -13,7 +13,7 @@ from allaprima.bundle import Manifest
 from allaprima.runtime import Request
 from allaprima.serve.failures import failure_of
 from allaprima.serve.jobs import Job, Order, Status
-from allaprima.serve.limits import Limits
+from allaprima.serve.limits import MOST, Limits
 
 PICTURES = ("image", "mask", "hint", "prior_image")
 """The fields that are pictures."""
@@ -37,7 +37,8 @@ def _paired(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Pair = Annotated[tuple[int, int], BeforeValidator(_paired)]
+Whole = Annotated[int, Field(ge=-MOST, le=MOST)]
+Pair = Annotated[tuple[Whole, Whole], BeforeValidator(_paired)]
 Base64 = Annotated[
     str | None, Field(description="A PNG, JPEG or WebP file in base64, plain or as a data URL.")
 ]
@@ -52,7 +53,7 @@ class SamplingFields(BaseModel):
 
     timesteps: Annotated[list[float], Field(max_length=_MOST_STEPS)] | None = None
     sigmas: Annotated[list[float], Field(max_length=_MOST_STEPS)] | None = None
-    order: int | None = None
+    order: Whole | None = None
     s_churn: float | None = None
     s_tmin: float | None = None
     s_tmax: float | None = None
@@ -66,7 +67,7 @@ class FormFields(BaseModel):
 
     prompt: str
     model: str | None = Field(None, description="The name of a model; the server's first if left out.")
-    preview_every: Annotated[int, Field(ge=0)] | None = Field(
+    preview_every: Annotated[int, Field(ge=0, le=MOST)] | None = Field(
         None, description="Previews after so many calls of the model."
     )
     deadline: Annotated[float, Field(gt=0)] | None = Field(
@@ -75,17 +76,17 @@ class FormFields(BaseModel):
     negative_prompt: str | None = None
     prompt_2: str | None = None
     negative_prompt_2: str | None = None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MOST)] | None = None
     guidance_scale: float | None = None
     sampler: str | None = Field(None, description="See /api/samplers.")
     seed: Seed | None = Field(None, description="Of the first picture; the next ones have the next seeds.")
-    height: Annotated[int, Field(ge=1)] | None = None
-    width: Annotated[int, Field(ge=1)] | None = None
-    num_images: Annotated[int, Field(ge=1)] = 1
+    height: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    width: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    num_images: Annotated[int, Field(ge=1, le=MOST)] = 1
     eta: Share = 0.0
     long_prompts: bool = False
     prompt_weights: bool = False
-    clip_skip: Annotated[int, Field(ge=0)] | None = None
+    clip_skip: Annotated[int, Field(ge=0, le=MOST)] | None = None
     guidance_rescale: Share = 0.0
     strength: Share | None = None
     variation_seed: Seed | None = None
@@ -98,12 +99,11 @@ class FormFields(BaseModel):
     negative_crops_coords_top_left: Pair | None = None
     negative_target_size: Pair | None = None
     negative_aesthetic_score: float | None = None
-    prior_num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    prior_num_inference_steps: Annotated[int, Field(ge=1, le=MOST)] | None = None
     prior_guidance_scale: float | None = None
     prior_strength: Share | None = None
-    prior_negative_prompt: str | None = None
     sampling: Annotated[SamplingFields, BeforeValidator(_parsed)] | None = None
-    cache_interval: Annotated[int, Field(ge=1)] = 1
+    cache_interval: Annotated[int, Field(ge=1, le=MOST)] = 1
 
     def order(self, pictures: dict[str, Image]) -> Order:
         """For the studio."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -95,17 +94,19 @@ async def _paint(request: Request, here: Context, fields: Painting, order: Order
             for image, parameters in zip(result.images, result.parameters, strict=True)
         ],
     )
-    return JSONResponse(pictures.model_dump(exclude_none=True))
+    return await here.workers.run(JSONResponse, pictures.model_dump(exclude_none=True))
 
 
 async def _picture(
     request: Request, here: Context, fields: Painting, image: Image, parameters: Parameters
 ) -> Picture:
-    data = await here.workers.encode(image, fields.format, parameters, quality=fields.output_compression)
+    quality = fields.output_compression
     if fields.response_format == "url":
+        data = await here.workers.encode(image, fields.format, parameters, quality=quality)
         url = f"{request.base_url}v1/files/images/{here.files.put(data, fields.format)}"
         return Picture(url=url, seed=parameters.seed)
-    return Picture(b64_json=base64.b64encode(data).decode(), seed=parameters.seed)
+    text = await here.workers.encode_text(image, fields.format, parameters, quality=quality)
+    return Picture(b64_json=text, seed=parameters.seed)
 
 
 async def _events(
@@ -143,12 +144,12 @@ async def _event(
     parameters: Parameters | None,
     extra: dict[str, Any],
 ) -> bytes:
-    data = await here.workers.encode(
+    text = await here.workers.encode_text(
         image, fields.format, parameters, quality=fields.output_compression, size=size
     )
     body = {
         "type": name,
-        "b64_json": base64.b64encode(data).decode(),
+        "b64_json": text,
         "background": "opaque",
         "created_at": int(time.time()),
         "output_format": fields.format,
@@ -171,6 +172,7 @@ async def model(id: str, here: Here) -> ModelCard:
     return ModelCard(id=here.studio.model(id).name, created=here.started)
 
 
+@router.head("/v1/files/images/{name}", include_in_schema=False)
 @router.get(
     "/v1/files/images/{name}",
     response_class=Response,

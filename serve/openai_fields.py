@@ -19,6 +19,7 @@ from allaprima.runtime.conventions import conventions_of
 from allaprima.runtime.request import MASKED_STRENGTH
 from allaprima.serve.encoding import Format
 from allaprima.serve.jobs import Order
+from allaprima.serve.limits import MOST
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _LONGEST = 10_000
@@ -32,7 +33,7 @@ class Painting(BaseModel):
 
     prompt: str = Field(description="What to paint.")
     model: str | None = Field(None, description="The name of a model; the server's first if left out.")
-    n: Annotated[int, Field(ge=1)] | None = Field(
+    n: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
         None, description="How many pictures, each with its own seed."
     )
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto: the model's own.")
@@ -51,7 +52,7 @@ class Painting(BaseModel):
     safety_identifier: str | None = Field(None, description="Has no effect.")
     moderation: Literal["low", "auto"] | None = Field(None, description="Has no effect.")
     negative_prompt: str | None = Field(None, description="What to stay away from.")
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MOST)] | None = None
     guidance_scale: float | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = Field(None, description="Of the first picture.")
     sampler: str | None = Field(None, description="See /api/samplers.")

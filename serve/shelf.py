@@ -6,11 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from allaprima.bundle import Bundle, BundleError, open_bundle, resolve
+from allaprima.bundle import BackendError, Bundle, BundleError, open_bundle, resolve
 from allaprima.runtime import Pipeline
 from allaprima.runtime.components import weigh_files
 from allaprima.serve.errors import UnknownModelError
@@ -115,20 +114,30 @@ class Shelf:
                 model.loading = None
 
     def _make_room(self, model: Shelved, idle: Callable[[Shelved], bool]) -> bool:
+        """Unload what was not used for longest, if that is enough; whether it is."""
         if self._limit is None:
             return True
-        for each in self.models:  # nobody may have asked for it again
-            if each.loading is not None and each.loading.done():
-                with suppress(Exception):
-                    self.fetch(each, idle)
+        for each in self.models:
+            self._claim(each)
         others = sorted((each for each in self.models if each.pipeline or each.loading), key=_last_used)
-        while others and sum(each.size for each in others) + model.size > self._limit:
-            victim = next((each for each in others if each.pipeline and idle(each)), None)
-            if victim is None:
-                return False
-            self.unload(victim)
-            others.remove(victim)
+        missing = sum(each.size for each in others) + model.size - self._limit
+        victims = []
+        for each in others:
+            if missing > 0 and each.pipeline and idle(each):
+                victims.append(each)
+                missing -= each.size
+        if missing > 0 and len(victims) < len(others):
+            return False
+        for each in victims:
+            self.unload(each)
         return True
+
+    def _claim(self, model: Shelved) -> None:
+        """Take what was loaded though nobody asked for it again."""
+        if model.loading is not None and model.loading.done():
+            loading, model.loading = model.loading, None
+            if loading.exception() is None:
+                model.pipeline = loading.result()
 
 
 def _last_used(model: Shelved) -> float:
@@ -142,8 +151,10 @@ def _in_background(work: Callable[[], Pipeline]) -> Future[Pipeline]:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:
+        except Exception as error:
             future.set_exception(error)
+        except BaseException as error:  # libraries in Rust panic with what is no Exception
+            future.set_exception(BackendError(f"the model could not be loaded: {error!r}"))
 
     threading.Thread(target=run, name="allaprima-loader", daemon=True).start()
     return future

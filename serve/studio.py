@@ -146,13 +146,13 @@ class Studio:
 
     def _work(self) -> None:
         try:
-            self._workshop.warm_up()
-            self._ready.set()
             worked = True
             while self._desk.go_on(worked):
                 worked = self._workshop.turn()
-        except Exception as error:
-            self._failure = error
+                if self._workshop.warm:
+                    self._ready.set()
+        except BaseException as error:  # libraries in Rust panic with what is no Exception
+            self._failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
             reason = error if isinstance(error, AllaprimaError) else DrainingError("the server failed")
             self._desk.fail_all(reason)
         finally:

@@ -33,8 +33,7 @@ def read_alpha_mask(data: bytes, name: str, most: int) -> Image.Image:
     Raises RequestError as `read_upload`, or if nothing says what is transparent.
     """
     with _open(data, name, most) as opened:
-        unpacked = _unpack(opened, name)
-        turned = ImageOps.exif_transpose(unpacked)
+        turned = _unpack(opened, name)
         if "A" not in turned.getbands() and "transparency" not in turned.info:
             raise RequestError(
                 f"{name} has no alpha channel: make the part transparent that is to be painted over"
@@ -86,6 +85,7 @@ def _open(data: bytes, name: str, most: int) -> Image.Image:
 def _unpack(opened: Image.Image, name: str) -> Image.Image:
     try:
         opened.load()
+        turned = ImageOps.exif_transpose(opened)
     except (OSError, ValueError, SyntaxError) as cause:
         raise RequestError(f"{name} is a damaged {opened.format} file") from cause
-    return opened
+    return turned

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from allaprima.bundle import AllaprimaError, BackendError
+from allaprima.bundle import AllaprimaError, BackendError, RequestError
 from allaprima.runtime import Pipeline, Result, Settings
 from allaprima.runtime.painting import Painting
 from allaprima.runtime.safety import warn_flagged
@@ -20,6 +20,8 @@ from allaprima.serve.shelf import Shelf, Shelved
 from allaprima.serve.watch import Watch
 
 _LOG = logging.getLogger("allaprima.serve")
+MOST_FINISHED = 16
+"""Pictures that may wait for the decoder; if there are more, steps wait for them."""
 MOST_GROUPS = 8
 """Sizes (and kinds of guidance) that are painted by turns; others wait until one of them is done."""
 
@@ -65,11 +67,13 @@ class Workshop:
         self._preparing: Preparing | None = None
         self._finished: deque[tuple[Begun, Painting]] = deque()
         self._allowance = 0.0  # seconds of the last step, which others may take between two
-        shelf.before_unload = self._groups.drop
+        self._warm = False
+        shelf.before_unload = self._unload
 
-    def warm_up(self) -> None:
-        """Load the default model and find its numbers of lanes. Raises AllaprimaError."""
-        self._loader.warm_up()
+    @property
+    def warm(self) -> bool:
+        """Whether the default model is loaded and its lanes are measured, so that pictures are painted."""
+        return self._warm
 
     def lanes_taken(self) -> dict[Size, int]:
         """Pictures that are being painted, by model and size."""
@@ -79,10 +83,16 @@ class Workshop:
     def turn(self) -> bool:
         """End what was cancelled, decode, prepare, and take one step; whether there was anything to do.
 
-        And one of a model that is measured.
+        And one of a model that is measured; before it is warm only that. Raises AllaprimaError if the default
+        model cannot be loaded.
         """
         self._sweep()
+        if not self._warm:
+            self._warm = self._loader.ask(self._shelf.find(None), lambda _: False) is not None
+            return self._warm or self._loader.turn()
         decoded = self._within_allowance(self._decode_one)
+        while len(self._finished) > MOST_FINISHED and self._decode_one():
+            pass
         prepared = self._within_allowance(self._prepare_one)
         measured = self._loader.turn()
         return self._step() or decoded or prepared or measured
@@ -153,6 +163,7 @@ class Workshop:
         begun, started = preparing.begun, perf_counter()
         try:
             next(preparing.parts)
+            self._pipeline(begun.model).wait()  # or the next step of others would pay for it
         except StopIteration as end:
             self._preparing = None
             self._enter(preparing, end.value, started)
@@ -168,7 +179,9 @@ class Workshop:
         shape, pipeline = painting.shape, self._pipeline(begun.model)
         most = self._loader.lanes(name, shape.height, shape.width)
         try:
-            group = self._groups.enter(name, painting, lambda: pipeline.lanes(shape, most))
+            group = self._groups.enter(
+                name, painting, lambda: pipeline.lanes(shape, most), self._loader.keeps(name)
+            )
         except Exception as error:
             self._end(begun.job, _told(error))
             return
@@ -188,7 +201,8 @@ class Workshop:
             previews = group.lanes.step()
             self._pipeline(self._shelf.find(group.model)).wait()
         except Exception as error:
-            for job in {owners[painting].job for painting in present}:
+            # Perhaps there was no room for one more: then those who were there before go on without it.
+            for job in {owners[painting].job for painting in group.lanes.newcomers or present}:
                 self._end(job, _told(error))
             return True
         seconds = perf_counter() - started
@@ -251,12 +265,18 @@ class Workshop:
         size = model.name, settings.height, settings.width
         if not self._joins and any(each.row for group in self._groups.busy for each in group.lanes.paintings):
             return False
+        if not self._loader.keeps(model.name) and any(each.model == model.name for each in self._groups.busy):
+            return False  # its memory is for one picture at a time
         return self._groups.lanes_taken(size) < self._loader.lanes(*size)
 
     def _full(self, model: Shelved, settings: Settings) -> bool:
         """Whether a picture's size must wait for another one to be done."""
         size = model.name, settings.height, settings.width
         return len(self._groups.busy) >= MOST_GROUPS and not self._groups.lanes_taken(size)
+
+    def _unload(self, model: str) -> None:
+        self._groups.drop(model)
+        self._loader.forget(model)
 
     @staticmethod
     def _pipeline(model: Shelved) -> Pipeline:
@@ -266,11 +286,13 @@ class Workshop:
 
 def _told(error: Exception) -> AllaprimaError:
     """What a job failed with: it alone, whatever it was, and not the server."""
+    if isinstance(error, RequestError):
+        return error
+    _LOG.error("a picture failed", exc_info=error)
     if isinstance(error, AllaprimaError):
         return error
     if isinstance(error, MemoryError):
         return BackendError("there is not enough memory for this request: ask for fewer or smaller pictures")
-    _LOG.error("a picture failed", exc_info=error)
     return BackendError(f"it could not be painted ({type(error).__name__}): the server's log says more")
 
 

@@ -151,6 +151,11 @@ class OrtCudaSession:
         self._opened = Reopened(lambda: self._open(path, component, driver), lazy=lazy)
 
     def _open(self, path: Path, component: Component, driver: OrtGpuDriver) -> Any:
+        # What is allocated while another thread captures a graph would break that.
+        with self._gpu.exclusive:
+            return self._open_alone(path, component, driver)
+
+    def _open_alone(self, path: Path, component: Component, driver: OrtGpuDriver) -> Any:
         if self.captures:
             try:
                 return driver.open_graph(path, component, self._gpu, graphs=True)

@@ -4,6 +4,9 @@ import * as api from "./api.js";
 
 const KEPT = "allaprima.jobs";
 const ENDED = ["done", "failed", "cancelled"];
+/** Browsers keep six connections to a server, for all tabs together: a stream holds one. */
+const MOST_STREAMS = 2;
+const POLL = 1000;
 const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
 
 class Painting {
@@ -35,6 +38,7 @@ class Painting {
 /** Newest first. Tells of every "change", with the painting and what kind of change it was. */
 export class Paintings extends EventTarget {
   list = [];
+  #streams = 0;
 
   #tell(painting, kind) {
     this.dispatchEvent(new CustomEvent("change", { detail: { painting, kind } }));
@@ -83,11 +87,10 @@ export class Paintings extends EventTarget {
   async #follow(painting) {
     for (let failures = 0; !painting.over;) {
       try {
-        await api.events(painting.id, (name, data) => {
-          failures = 0;
-          this.#take(painting, name, data);
-        });
+        if (this.#streams < MOST_STREAMS) await this.#listen(painting);
+        else await pause(POLL);
         if (!painting.over) await this.#update(painting, await api.job(painting.id));
+        failures = 0;
       } catch (cause) {
         if (cause.status === 404) return this.#fail(painting, "The server no longer has this painting.");
         if (cause.status === 401) return this.#fail(painting, cause.message);
@@ -96,6 +99,16 @@ export class Paintings extends EventTarget {
         this.#tell(painting, "status");
         await pause(Math.min(500 * 2 ** failures, 8000));
       }
+    }
+  }
+
+  /** Until it has ended. */
+  async #listen(painting) {
+    this.#streams += 1;
+    try {
+      await api.events(painting.id, (name, data) => this.#take(painting, name, data));
+    } finally {
+      this.#streams -= 1;
     }
   }
 

@@ -60,8 +60,15 @@ def test_a_network_needs_a_key(host: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(RequestError, match="--insecure lets everybody in"):
         settings("--host", host)
     assert settings("--host", host, "--api-key", "abc").hosts is None
-    assert settings("--host", host, "--insecure").hosts is None
+    assert settings("--host", host, "--insecure", "--allow-host", "lan").hosts == ("localhost", "lan")
     assert f"everybody who reaches {host}" in capsys.readouterr().err
+
+
+def test_limits_that_depend_on_others() -> None:
+    assert settings("--deadline", "7200").limits.most_deadline == 7200
+    assert settings("--deadline", "60").limits.most_deadline == Limits().most_deadline
+    assert settings("--max-pixels", "4096x4096").limits.work == 50 * 4096 * 4096
+    assert settings("--max-pixels", "512x512").limits.work == Limits().work
 
 
 def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:

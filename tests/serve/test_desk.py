@@ -15,7 +15,7 @@ from allaprima.bundle import Manifest, RequestError, open_bundle, resolve
 from allaprima.runtime import Request, Result
 from allaprima.serve.desk import Desk
 from allaprima.serve.errors import BusyError, CancelledError, DeadlineError, DrainingError, OverLimitError
-from allaprima.serve.jobs import Job, Order
+from allaprima.serve.jobs import MOST_EVENTS, Job, Order
 from allaprima.serve.limits import Limits
 from allaprima.serve.watch import Nobody
 
@@ -71,9 +71,33 @@ def test_a_full_queue(desk: Desk, order: Any) -> None:
     assert len(desk.queue) == 2
 
 
+def test_pictures_that_wait_take_memory(manifest: Manifest) -> None:
+    """And no longer than they are needed: whoever ended keeps none."""
+    desk = Desk(replace(LIMITS, queue_bytes=3 * 64 * 64 * 3))
+    picture = Image.new("RGB", (64, 64))
+
+    def submit() -> Job:
+        request = Request("a", image=picture, mask=picture.convert("L"), height=64, width=64)
+        return desk.accept(Order(request), "shapes", manifest)
+
+    first, _ = submit(), submit()
+    with pytest.raises(BusyError, match="the pictures that 2 waiting jobs begin with take up the memory"):
+        submit()
+    assert first.order.request.image is None
+    desk.end(first, CancelledError("stop"))
+    assert (first.input_bytes, first.settings.picture, first.settings.mask) == (0, None, None)
+    submit()
+
+
 @pytest.mark.parametrize(
     ("limits", "fields", "message"),
     [
+        (Limits(queue=2), {"num_images": 3}, "pictures waiting is 3, more than this server allows"),
+        (
+            Limits(work=32 * 64 * 64),
+            {"height": 64, "width": 64, "num_inference_steps": 20, "sampler": "heun"},
+            "pictures x steps x pixels is 159744",
+        ),
         (
             Limits(images=2),
             {"num_images": 3},
@@ -203,6 +227,15 @@ def test_large_pictures_are_forgotten_first(manifest: Manifest) -> None:
     assert [desk.find(job.id) for job in jobs] == [None, jobs[1]]
 
 
+def test_whoever_just_ended_is_found(manifest: Manifest) -> None:
+    """However large its pictures are."""
+    desk = Desk(replace(LIMITS, kept_bytes=1))
+    job = desk.accept(Order(Request("a")), "shapes", manifest)
+    desk.begin(job)
+    desk.end(job, result())
+    assert desk.find(job.id) is job
+
+
 def test_every_end_is_told_once(manifest: Manifest) -> None:
     class Watching(Nobody):
         def ended(self, job: Job) -> None:
@@ -247,6 +280,23 @@ def test_events(desk: Desk, order: Any) -> None:
     assert late == [("ended", "done")]
     assert made is job.result
     assert job.status.progress == 1.0
+
+
+def test_who_listens_slowly_misses_what_lies_far_back(desk: Desk, order: Any) -> None:
+    job = order()
+
+    async def follow() -> list[Any]:
+        events = job.events()
+        first = await anext(events)
+        desk.begin(job)
+        for step in range(1000):
+            job.update(step=step)
+        desk.end(job, result())
+        return [first, *[event async for event in events]]
+
+    seen = asyncio.run(follow())
+    assert len(seen) == 1 + MOST_EVENTS
+    assert (seen[-2].status.step, seen[-1].kind) == (999, "ended")
 
 
 def test_the_first_outcome_counts(desk: Desk, order: Any) -> None:

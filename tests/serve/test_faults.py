@@ -6,9 +6,12 @@ import contextlib
 import json
 import socket
 import threading
+import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from allaprima.serve.protocol import PatientProtocol
@@ -95,6 +98,31 @@ def test_malformed_forms(client: httpx.Client, body: bytes) -> None:
         assert answer.status_code in (400, 422)
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "latin-1"])
+def test_forms_in_another_charset(client: httpx.Client, charset: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nb\r\n--x--\r\n'
+    for path in ("/v1/images/edits", "/api/jobs"):
+        headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        answer = client.post(path, content=body, headers=headers)
+        is_refused(answer, path, 415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_many_fields_that_are_wrong(client: httpx.Client, path: str) -> None:
+    body = {"prompt": "x", "n": [], "steps": [], **{f"unknown{number}": 0 for number in range(20_000)}}
+    answer = client.post(path, json=body)
+    assert answer.status_code in (400, 422)
+    assert len(answer.content) < 1000
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_numbers_beyond_reason(client: httpx.Client, path: str) -> None:
+    for name in ("num_inference_steps", "steps", "n", "num_images", "batch_size", "clip_skip", "width"):
+        answer = client.post(path, content=f'{{"prompt": "x", "{name}": 1{"0" * 400}}}', headers=JSON)
+        assert answer.status_code in (400, 422) or "sdapi" in path  # where unknown fields are ignored
+        assert answer.status_code != 500
+
+
 @pytest.mark.parametrize("path", [*PATHS, "/v1/images/edits"])
 def test_oversized_bodies(client: httpx.Client, path: str) -> None:
     headers = {"content-type": "multipart/form-data; boundary=x" if "edits" in path else JSON["content-type"]}
@@ -154,6 +182,50 @@ def test_a_slow_head(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     with server.client() as client:
         answered = client.post("/v1/images/generations", json={"prompt": "x"})
     assert answered.status_code == 200
+
+
+def test_uploads_that_are_too_much_together(serve: Serve) -> None:
+    server = serve(limits=replace(LIMITS, uploads_bytes=LIMITS.upload_bytes))
+    half = b" " * (LIMITS.upload_bytes // 2 + 1)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as first:
+        first.sendall(f"{HEAD}Content-Length: {2 * len(half) - 2}\r\n\r\n".encode() + half)
+        time.sleep(0.2)
+        answer = submit_raw(server.url, f"{HEAD}Content-Length: {len(half)}\r\n\r\n", half)
+        assert answer.startswith("HTTP/1.1 429")
+        assert "retry-after: 1" in answer
+    time.sleep(0.2)  # the first has left, and its bytes with it
+    with server.client() as client:
+        answer = client.post("/v1/images/generations", content=half, headers=JSON)
+    assert answer.status_code == 400
+
+
+def test_a_body_after_the_answer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has no key is told at once, and cannot hold the connection by going on with the body."""
+    monkeypatch.setattr(PatientProtocol, "head_seconds", 0.3)
+    server = serve(api_keys=("a",))
+    head = f"{HEAD}Content-Length: {10**6}\r\n\r\n"
+    begun = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        assert submit_raw(server.url, head, *[b" "] * 20, pause=0.1).startswith("HTTP/1.1 401")
+    assert time.monotonic() - begun < 5
+
+
+def test_who_does_not_take_the_answer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatientProtocol, "read_seconds", 0.2)
+    server = serve()
+    head = f"{HEAD}Content-Length: %d\r\n\r\n"
+    body = '{"prompt": "x", "n": 8, "size": "512x512", "num_inference_steps": 1, "sampler": "ddim"}'
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+    monkeypatch.setattr("allaprima.serve.encoding.encode_image", lambda *_, **__: noise.tobytes())
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall((head % len(body) + body).encode())
+        until(lambda: server.studio.asked)
+        until(lambda: not server.server.server_state.connections)
+    with server.client() as client:
+        assert client.get("/health/live").status_code == 200
 
 
 @pytest.mark.parametrize("path", [*PATHS, "/v1/images/edits"])

@@ -82,6 +82,26 @@ def test_time_is_not_saved_up() -> None:
     assert had == {one: 5, other: 5}
 
 
+def test_a_new_size_owes_nothing_and_is_owed_nothing() -> None:
+    """One that was painted for long, alone, is not kept waiting when another one comes."""
+    groups = Groups()
+    old, painting = enter(groups, 64)
+    share(groups, {old: 1.0}, 1000)
+    groups.leave(old, painting)
+    new, _ = enter(groups, 128)
+    assert enter(groups, 64)[0] is old
+    assert share(groups, {old: 1.0, new: 1.0}, 10) == {old: 5, new: 5}
+
+
+def test_groups_that_keep_nothing() -> None:
+    groups = Groups()
+    painting = cast(Painting, Picture(Shape(64, 64, 2, 77)))
+    group = groups.enter("one", painting, lambda: cast(Lanes, Places()), kept=False)
+    groups.leave(group, painting)
+    assert cast(Places, group.lanes).dropped
+    assert groups.next() is None
+
+
 def test_who_is_where() -> None:
     groups = Groups()
     assert groups.next() is None

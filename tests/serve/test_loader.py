@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 
 from allaprima.bundle import BackendError, RequestError, builtin_bundle
 from allaprima.runtime import Pipeline, Request
+from allaprima.runtime.staging import Staging
 from allaprima.serve import loader
-from allaprima.serve.errors import CancelledError
+from allaprima.serve.errors import CancelledError, DrainingError
 from allaprima.serve.jobs import Order
+from allaprima.serve.shelf import Shelf
 from allaprima.serve.studio import Studio
 
 from .conftest import until
@@ -122,6 +125,83 @@ def test_a_default_model_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> N
         assert studio.wait_ready(60) == ready
         assert isinstance(studio.failure, RequestError) != ready
         studio.close(60)
+
+
+def test_a_measurement_that_failed_is_tried_again(copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the model is loaded again: it may have been short of memory then."""
+    folder, tried = copies("two"), []
+    measure = loader.measure_lanes
+
+    def fail_once(pipeline: Pipeline, *rest: Any) -> Any:
+        tried.append(pipeline.bundle.manifest.name)
+        if tried.count("two") == 1:
+            raise BackendError("no memory")
+        return (yield from measure(pipeline, *rest))
+
+    monkeypatch.setattr(loader, "measure_lanes", fail_once)
+    size = Shelf([folder], opens, None).models[0].size
+    studio = Studio(["shapes", folder], opens, memory_limit=int(1.5 * size), lanes=1, warm=[(32, 32)])
+    studio.start()
+    try:
+        assert studio.wait_ready(60)
+        for name in ("two", "shapes", "two", "shapes"):
+            done(studio.submit(order(name)))
+        assert [model.loaded for model in studio.models()] == [True, False]
+        assert tried == ["shapes", "two", "two"]
+    finally:
+        studio.close(60)
+
+
+def test_a_model_larger_than_the_memory() -> None:
+    """Its weights come and go; pictures of several sizes are painted one after the other, and none fails."""
+
+    def limited(folder: Path, limit: int | None) -> Pipeline:
+        return opens(folder, 75_000_000)
+
+    studio = Studio(["shapes"], limited, warm=[(64, 64)])
+    studio.start()
+    try:
+        assert studio.wait_ready(60)
+        sides = (32, 64, 96, 64, 32)
+        jobs = [
+            studio.submit(Order(Request("a", height=side, width=side, num_inference_steps=2)))
+            for side in sides
+        ]
+        for job in jobs:
+            assert len(done(job).images) == 1
+    finally:
+        studio.close(60)
+
+
+def test_one_more_for_whom_there_is_no_room(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes nobody with it who was there before."""
+    painted = studio.submit(Order(Request("a", height=32, width=32, num_inference_steps=150)))
+    until(lambda: painted.status.step > 0)
+    make = Staging.make_denoiser
+
+    def crowded(self: Staging, shape: Any, lanes: int, **options: Any) -> Any:
+        if lanes == 2:
+            raise BackendError("out of memory")
+        return make(self, shape, lanes, **options)
+
+    monkeypatch.setattr(Staging, "make_denoiser", crowded)
+    with pytest.raises(BackendError, match="out of memory"):
+        done(studio.submit(order("shapes")))
+    assert len(done(painted).images) == 1
+
+
+def test_the_end_before_it_is_warm(doors: Doors, copies: Copies) -> None:
+    """Nobody waits for a model that nobody needs any more, and who came too early is told."""
+    studio = Studio([copies("two")], doors)
+    studio.start()
+    early, late = studio.submit(order("two")), studio.submit(order("two"))
+    late.cancel()
+    until(lambda: late.status.state == "cancelled")
+    begun = time.monotonic()
+    studio.close(30)
+    assert time.monotonic() - begun < 5
+    assert isinstance(early.failure, DrainingError)
+    doors.open.set()
 
 
 @pytest.fixture

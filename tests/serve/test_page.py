@@ -458,6 +458,23 @@ def test_a_lost_connection_is_taken_up_again(page: Page, server: Running) -> Non
     page.painted()
 
 
+def test_many_paintings_at_once(page: Page, server: Running) -> None:
+    """More than a browser has connections for: all are followed, and the last can be cancelled."""
+    server.studio.hold()
+    for number in range(8):
+        page.paint(f"circle {number}")
+        until(lambda number=number: len(page.all(".thumb")) == number + 1)
+    until(lambda: page.shown("cancel"))
+    page.click("cancel")
+    until(lambda: server.studio.jobs()[-1].cancelled)
+    server.studio.go()
+    until(lambda: not server.studio.jobs())
+    done = (
+        "return [...document.querySelectorAll('.thumb img')].filter(each => each.naturalWidth == 128).length"
+    )
+    until(lambda: page.run(done) == 7)
+
+
 def test_several_models_can_be_chosen(browser: Chrome, serve: Serve) -> None:
     server = serve(FakeStudio(("shapes", "other"), LIMITS))
     page = Page(browser, server.url)

@@ -88,6 +88,13 @@ def test_turned_as_exif_says() -> None:
     assert read_upload(packed(RED, "JPEG", exif=exif), "image", MOST).size == (8, 16)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_exif_that_is_none(kind: str) -> None:
+    data = packed(RED, kind, exif=b"Exif\x00\x00nothing of the kind")
+    with pytest.raises(RequestError, match=f"image is a damaged {kind} file"):
+        read_upload(data, "image", MOST)
+
+
 def test_transparent_is_painted_over() -> None:
     mask = Image.new("RGBA", (2, 1))
     mask.putpixel((0, 0), (255, 255, 255, 0))
