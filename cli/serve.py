@@ -173,7 +173,8 @@ def read_settings(options: argparse.Namespace) -> ServerSettings:
                 "127.0.0.1; --insecure lets everybody in"
             )
         print_warnings([f"everybody who reaches {options.host} can use this server"])
-    hosts = None if keys else ("localhost", *options.allow_host)
+    named = () if local else (options.host,)
+    hosts = None if keys else tuple(name.lower() for name in ("localhost", *named, *options.allow_host))
     return ServerSettings(
         api_keys=keys, hosts=hosts, limits=_read_limits(options), log_prompts=options.log_prompts
     )

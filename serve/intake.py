@@ -85,8 +85,10 @@ class BodyLimit:
             held.size += size
             self._held += size
             whole = not message.get("more_body", False)
-            crowded = self._held > max(self._together, self._most)
+            crowded = size > 0 and self._held > max(self._together, self._most)
             if held.size > self._most or crowded:
+                self._held -= held.size
+                held.size = 0  # nobody keeps it
                 if not whole:
                     await self._discard(receive, due)
                 raise self._crowded() if crowded else self._too_large()

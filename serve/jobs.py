@@ -158,6 +158,8 @@ class Job:
                 while waiting:
                     first = waiting.popleft()
                     yield first
+                    if first.kind == "ended":  # whatever another thread was still about to tell
+                        return
         finally:
             self._forget(put, self._listeners)
 

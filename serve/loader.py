@@ -26,6 +26,7 @@ class Loader:
         self._measured: dict[str, dict[Size, int]] = {}
         self._measuring: dict[Shelved, Generator[None, None, None]] = {}
         self._limited: set[str] = set()
+        self._began = False  # whether the default model was ready once
 
     def ask(self, model: Shelved, idle: Callable[[Shelved], bool]) -> Pipeline | None:
         """A model's pipeline once it can paint; until then None, and it is on its way if there is room.
@@ -86,9 +87,11 @@ class Loader:
             try:
                 found[size] = yield from measure_lanes(pipeline, *size, most)
             except Exception as error:
-                if of_default and (asked or not isinstance(error, RequestError)):
+                fatal = asked or not isinstance(error, RequestError)
+                if of_default and fatal and not self._began:
                     raise
                 _LOG.warning(
                     "a model is not warm", extra={"facts": {"model": model.name, "reason": str(error)}}
                 )
         self._measured[model.name] = found
+        self._began = True

@@ -11,8 +11,10 @@ HEAD_SECONDS = 20.0
 """In which the head of a request must be here; of its body the application knows."""
 
 
-READ_SECONDS = 30.0
-"""In which a part of an answer must be taken that does not fit into the buffers of the system."""
+BODY_SECONDS = 60.0
+"""In which the rest of a body must be here that nobody reads, since the answer was given before."""
+READ_SECONDS = 60.0
+"""In which some of an answer must be taken that does not fit into the buffers of the system."""
 
 
 class PatientProtocol(H11Protocol):
@@ -21,19 +23,19 @@ class PatientProtocol(H11Protocol):
     So too on who goes on with a body after the answer, and on who takes nothing of an answer.
     """
 
-    head_seconds, read_seconds = HEAD_SECONDS, READ_SECONDS
+    head_seconds, body_seconds, read_seconds = HEAD_SECONDS, BODY_SECONDS, READ_SECONDS
     _due: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
         super().connection_made(transport)
-        self._watch_head()
+        self._watch_sender()
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         super().data_received(data)
-        self._watch_head()
+        self._watch_sender()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -44,23 +46,30 @@ class PatientProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """See uvicorn's protocol."""
         super().on_response_complete()
-        self._watch_head()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._watch_sender()
+        if self.transport.is_closing():
+            self._watch_reader()
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol: the buffers are full."""
         super().pause_writing()
-        self._watch_reader(self.transport.get_write_buffer_size() + 1)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         self._forget_reader()
         super().resume_writing()
+        if self.transport.is_closing():
+            self._watch_reader()
 
-    def _watch_reader(self, before: int) -> None:
+    def _watch_reader(self, before: int | None = None) -> None:
+        """See whether there is less left to be taken than `before`, and again after a while."""
+        self._forget_reader()
         size = self.transport.get_write_buffer_size()
-        if size >= before:
+        if before is not None and size >= before:
             self.transport.abort()
-        else:
+        elif size:
             self._unread = self.loop.call_later(self.read_seconds, self._watch_reader, size)
 
     def _forget_reader(self) -> None:
@@ -68,14 +77,18 @@ class PatientProtocol(H11Protocol):
             self._unread.cancel()
             self._unread = None
 
-    def _watch_head(self) -> None:
-        answered = self.conn.our_state in (h11.DONE, h11.MUST_CLOSE)
-        if self.conn.their_state is not h11.IDLE and not (
-            answered and self.conn.their_state is h11.SEND_BODY
-        ):
+    def _watch_sender(self) -> None:
+        """Wait for the head of a request, or the rest of a body that nobody reads."""
+        ours, theirs = self.conn.our_state, self.conn.their_state
+        if theirs is h11.IDLE:
+            seconds = self.head_seconds
+        elif theirs is h11.SEND_BODY and ours in (h11.DONE, h11.MUST_CLOSE):
+            seconds = self.body_seconds
+        else:
             self._forget()
-        elif self._due is None:
-            self._due = self.loop.call_later(self.head_seconds, self.transport.close)
+            return
+        if self._due is None:
+            self._due = self.loop.call_later(seconds, self.transport.close)
 
     def _forget(self) -> None:
         if self._due is not None:

@@ -87,7 +87,7 @@ export class Paintings extends EventTarget {
   async #follow(painting) {
     for (let failures = 0; !painting.over;) {
       try {
-        if (this.#streams < MOST_STREAMS) await this.#listen(painting);
+        if (this.#streams < MOST_STREAMS) await this.#listen(painting, () => { failures = 0; });
         else await pause(POLL);
         if (!painting.over) await this.#update(painting, await api.job(painting.id));
         failures = 0;
@@ -102,11 +102,14 @@ export class Paintings extends EventTarget {
     }
   }
 
-  /** Until it has ended. */
-  async #listen(painting) {
+  /** Until it has ended; `heard` is called at every event. */
+  async #listen(painting, heard) {
     this.#streams += 1;
     try {
-      await api.events(painting.id, (name, data) => this.#take(painting, name, data));
+      await api.events(painting.id, (name, data) => {
+        heard();
+        this.#take(painting, name, data);
+      });
     } finally {
       this.#streams -= 1;
     }

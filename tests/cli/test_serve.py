@@ -60,7 +60,8 @@ def test_a_network_needs_a_key(host: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(RequestError, match="--insecure lets everybody in"):
         settings("--host", host)
     assert settings("--host", host, "--api-key", "abc").hosts is None
-    assert settings("--host", host, "--insecure", "--allow-host", "lan").hosts == ("localhost", "lan")
+    open_to_all = settings("--host", host, "--insecure", "--allow-host", "LAN")
+    assert open_to_all.hosts == ("localhost", host, "lan")
     assert f"everybody who reaches {host}" in capsys.readouterr().err
 
 

@@ -202,7 +202,7 @@ def test_uploads_that_are_too_much_together(serve: Serve) -> None:
 
 def test_a_body_after_the_answer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has no key is told at once, and cannot hold the connection by going on with the body."""
-    monkeypatch.setattr(PatientProtocol, "head_seconds", 0.3)
+    monkeypatch.setattr(PatientProtocol, "body_seconds", 0.3)
     server = serve(api_keys=("a",))
     head = f"{HEAD}Content-Length: {10**6}\r\n\r\n"
     begun = time.monotonic()
