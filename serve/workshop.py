@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from time import perf_counter
 
-from allaprima.bundle import AllaprimaError, BackendError, RequestError
 from allaprima.runtime import Pipeline, Result, Settings
 from allaprima.runtime.painting import Painting
-from allaprima.runtime.safety import warn_flagged
+from allaprima.serve.begun import Begun, Preparing, together, told
 from allaprima.serve.desk import Desk
-from allaprima.serve.groups import Group, Groups, Size
+from allaprima.serve.groups import Groups, Size
 from allaprima.serve.jobs import ENDED, Job
 from allaprima.serve.loader import Loader
 from allaprima.serve.shelf import Shelf, Shelved
 from allaprima.serve.watch import Watch
 
-_LOG = logging.getLogger("allaprima.serve")
 MOST_FINISHED = 16
 """Pictures that may wait for the decoder; if there are more, steps wait for them."""
 MOST_GROUPS = 8
 """Sizes (and kinds of guidance) that are painted by turns; others wait until one of them is done."""
-
-
-@dataclass(eq=False)
-class Begun:
-    """A job of which pictures are being painted: what still waits, what is painted, and what is done."""
-
-    job: Job
-    model: Shelved
-    waiting: deque[tuple[int, Settings]]
-    paintings: dict[Painting, tuple[int, Group | None]] = field(default_factory=dict)
-    done: dict[int, tuple[Painting, Result]] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Preparing:
-    """A picture of a job that is being prepared, and the seconds that this took so far."""
-
-    begun: Begun
-    index: int
-    parts: Generator[None, None, Painting]
-    seconds: float = 0.0
 
 
 class Workshop:
@@ -143,7 +118,7 @@ class Workshop:
                 return None if self._loader.coming(model) else False
             settings = pipeline.settle(job.settings)
         except Exception as error:
-            self._end(job, _told(error))
+            self._end(job, told(error))
             return True
         if not self._desk.begin(job):
             return True
@@ -169,7 +144,7 @@ class Workshop:
             self._enter(preparing, end.value, started)
         except Exception as error:
             self._preparing = None
-            self._end(begun.job, _told(error))
+            self._end(begun.job, told(error))
         else:
             preparing.seconds += perf_counter() - started
         return True
@@ -183,7 +158,7 @@ class Workshop:
                 name, painting, lambda: pipeline.lanes(shape, most), self._loader.keeps(name)
             )
         except Exception as error:
-            self._end(begun.job, _told(error))
+            self._end(begun.job, told(error))
             return
         begun.paintings[painting] = preparing.index, group
         seconds = preparing.seconds + perf_counter() - started
@@ -203,7 +178,7 @@ class Workshop:
         except Exception as error:
             # Perhaps there was no room for one more: then those who were there before go on without it.
             for job in {owners[painting].job for painting in group.lanes.newcomers or present}:
-                self._end(job, _told(error))
+                self._end(job, told(error))
             return True
         seconds = perf_counter() - started
         group.spent += seconds
@@ -231,13 +206,13 @@ class Workshop:
         try:
             result = self._pipeline(begun.model).finish(painting)
         except Exception as error:
-            self._end(begun.job, _told(error))
+            self._end(begun.job, told(error))
             return True
         self._watch.staged(begun.model.name, "decode", perf_counter() - started)
         self._desk.painted(result.timings["total"])
         begun.done[index] = painting, result
         if len(begun.done) == begun.job.settings.num_images:
-            self._end(begun.job, _together(begun))
+            self._end(begun.job, together(begun))
         return True
 
     def _progress(self, begun: Begun) -> None:
@@ -282,32 +257,3 @@ class Workshop:
     def _pipeline(model: Shelved) -> Pipeline:
         assert model.pipeline is not None  # it is not unloaded while one of its pictures is painted
         return model.pipeline
-
-
-def _told(error: Exception) -> AllaprimaError:
-    """What a job failed with: it alone, whatever it was, and not the server."""
-    if isinstance(error, RequestError):
-        return error
-    _LOG.error("a picture failed", exc_info=error)
-    if isinstance(error, AllaprimaError):
-        return error
-    if isinstance(error, MemoryError):
-        return BackendError("there is not enough memory for this request: ask for fewer or smaller pictures")
-    return BackendError(f"it could not be painted ({type(error).__name__}): the server's log says more")
-
-
-def _together(begun: Begun) -> Result:
-    """The pictures of a job, in order; the timings are the sums of theirs."""
-    parts = [begun.done[index] for index in sorted(begun.done)]
-    results = [result for _, result in parts]
-    flagged = None
-    if all(result.flagged is not None for result in results):
-        flagged = tuple(flag for result in results for flag in result.flagged or ())
-    warnings = dict.fromkeys(warning for painting, _ in parts for warning in painting.warnings)
-    return Result(
-        tuple(image for result in results for image in result.images),
-        tuple(each for result in results for each in result.parameters),
-        {stage: sum(result.timings[stage] for result in results) for stage in results[0].timings},
-        (*warnings, *warn_flagged(flagged)),
-        flagged,
-    )
