@@ -50,6 +50,7 @@ LAYERS = {
             "PIL",
             "prometheus_client",
             "pydantic",
+            "python_multipart",
             "ray",
             "starlette",
             "uvicorn",
