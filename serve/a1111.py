@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ class WebUI:
             with suppress(asyncio.CancelledError):
                 await watching
         images = [
-            base64.b64encode(await here.workers.encode(image, "png", parameters)).decode()
+            await here.workers.as_text(await here.workers.encode(image, "png", parameters))
             for image, parameters in zip(result.images, result.parameters, strict=True)
             if fields.send_images
         ]
@@ -116,7 +115,7 @@ class WebUI:
         share, passed = task.job.status.progress, time.monotonic() - task.begun
         image = None
         if task.preview is not None and not skip_current_image:
-            image = base64.b64encode(await here.workers.encode(task.preview, "png")).decode()
+            image = await here.workers.as_text(await here.workers.encode(task.preview, "png"))
         left = passed / share - passed if share else 0.0
         return Progress(progress=share, eta_relative=left, state=state_of(task.job), current_image=image)
 

@@ -37,7 +37,7 @@ class Desk:
         """Put an order in the queue, resolved as far as it can be. See Studio.submit."""
         settings = order.request.check(manifest)
         check_preview(order.preview_every, manifest, heard=True)
-        check_limits(self._limits, settings)
+        check_limits(self._limits, settings)  # before a table of so many steps is made
         check_limits(self._limits, settings, calls=len(plan_table(manifest, settings).timesteps))
         seconds = self._limits.deadline if order.deadline is None else order.deadline
         if not 0 < seconds <= self._limits.most_deadline:

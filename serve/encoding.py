@@ -37,22 +37,6 @@ class Workers:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: work(*args, **options))
 
-    async def encode_text(
-        self,
-        image: Image,
-        kind: Format,
-        parameters: Parameters | None = None,
-        *,
-        quality: int | None = None,
-        size: tuple[int, int] | None = None,
-    ) -> str:
-        """As `encode`, in base64."""
-
-        def work() -> str:
-            return base64.b64encode(self._encode(image, kind, parameters, quality, size)).decode()
-
-        return await self.run(work)
-
     async def encode(
         self,
         image: Image,
@@ -64,6 +48,10 @@ class Workers:
     ) -> bytes:
         """A picture as a file, with its parameters in it; before that resized to `size`, width and height."""
         return await self.run(self._encode, image, kind, parameters, quality, size)
+
+    async def as_text(self, data: bytes) -> str:
+        """A file in base64."""
+        return (await self.run(base64.b64encode, data)).decode()
 
     def _encode(
         self,

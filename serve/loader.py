@@ -25,7 +25,6 @@ class Loader:
         self._shelf, self._fixed, self._warm = shelf, lanes, warm
         self._measured: dict[str, dict[Size, int]] = {}
         self._measuring: dict[Shelved, Generator[None, None, None]] = {}
-        self._limited: set[str] = set()
         self._began = False  # whether the default model was ready once
 
     def ask(self, model: Shelved, idle: Callable[[Shelved], bool]) -> Pipeline | None:
@@ -58,15 +57,16 @@ class Loader:
             self._measured.pop(model, None)
 
     def keeps(self, model: str) -> bool:
-        """Whether buffers of a model may be kept for those who come next."""
-        return model not in self._limited
+        """Whether buffers of a model may be kept for those who come next: not if weights come and go."""
+        pipeline = self._shelf.find(model).pipeline
+        return pipeline is None or not pipeline.limited
 
     def lanes(self, model: str, height: int, width: int) -> int:
         """The most pictures of a size that are painted together.
 
         One where weights come and go to stay within a limit: there is no memory to spare.
         """
-        if model in self._limited:
+        if not self.keeps(model):
             return 1
         return self._fixed or scaled(self._measured.get(model, {}), height, width)
 
@@ -76,8 +76,6 @@ class Loader:
         A size that was not asked for, and that it cannot paint, says only that others are not measured: there
         may be engines for other sizes alone.
         """
-        if pipeline.limited:
-            self._limited.add(model.name)
         defaults = model.bundle.manifest.defaults
         of_default = model is self._shelf.find(None)
         asked = self._warm if of_default else None

@@ -130,7 +130,7 @@ async def events(id: str, request: Request, here: Here) -> Response:
 async def _events(here: Context, job: Job, heard: AsyncIterator[Event]) -> AsyncIterator[bytes]:
     async for each in heard:
         if each.kind == "preview" and each.image is not None:
-            data = await here.workers.encode_text(each.image, "png")
+            data = await here.workers.as_text(await here.workers.encode(each.image, "png"))
             yield event("preview", {"index": each.index, "image": f"data:image/png;base64,{data}"})
         else:
             yield event(each.kind, _shown(job, each.status))

@@ -100,13 +100,11 @@ async def _paint(request: Request, here: Context, fields: Painting, order: Order
 async def _picture(
     request: Request, here: Context, fields: Painting, image: Image, parameters: Parameters
 ) -> Picture:
-    quality = fields.output_compression
+    data = await here.workers.encode(image, fields.format, parameters, quality=fields.output_compression)
     if fields.response_format == "url":
-        data = await here.workers.encode(image, fields.format, parameters, quality=quality)
         url = f"{request.base_url}v1/files/images/{here.files.put(data, fields.format)}"
         return Picture(url=url, seed=parameters.seed)
-    text = await here.workers.encode_text(image, fields.format, parameters, quality=quality)
-    return Picture(b64_json=text, seed=parameters.seed)
+    return Picture(b64_json=await here.workers.as_text(data), seed=parameters.seed)
 
 
 async def _events(
@@ -144,12 +142,12 @@ async def _event(
     parameters: Parameters | None,
     extra: dict[str, Any],
 ) -> bytes:
-    text = await here.workers.encode_text(
+    data = await here.workers.encode(
         image, fields.format, parameters, quality=fields.output_compression, size=size
     )
     body = {
         "type": name,
-        "b64_json": text,
+        "b64_json": await here.workers.as_text(data),
         "background": "opaque",
         "created_at": int(time.time()),
         "output_format": fields.format,
