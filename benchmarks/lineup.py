@@ -111,24 +111,27 @@ def _reference(contestants: Sequence[Contestant], field: Field) -> Contestant | 
 def _doubts(bundle: Bundle, checkpoint: Path | None) -> tuple[str, ...]:
     """Why a checkpoint cannot be the one that the bundle was made of, by the sizes of its UNet."""
     path = (checkpoint or Path()) / "unet" / "config.json"
-    denoiser = bundle.manifest.components.get("denoiser")
-    if checkpoint is None or denoiser is None or not path.is_file():
+    if checkpoint is None or bundle.manifest.family != "stable-diffusion" or not path.is_file():
         return ()
     try:
         unet = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return (f"{path} cannot be read: {error}",)
-    texts = [spec.shape[-1] for spec in denoiser.inputs if spec.name == "encoder_hidden_states"]
-    pairs = (
-        ("out_channels", unet.get("out_channels"), bundle.manifest.latent.channels),
-        ("cross_attention_dim", unet.get("cross_attention_dim"), texts[0] if texts else None),
-    )
-    return tuple(
-        f"{checkpoint} is not the checkpoint of {bundle.manifest.name}: its UNet has {name} {theirs}, the "
-        f"bundle {ours}; other libraries paint another model, so give --checkpoint of the bundle's"
-        for name, theirs, ours in pairs
-        if isinstance(theirs, int) and isinstance(ours, int) and theirs != ours
-    )
+    latents, texts = bundle.manifest.latent.channels, _text_width(bundle)
+    found = []
+    if latents not in (unet.get("in_channels", 4), unet.get("out_channels", 4)):  # inpainting reads more
+        found.append(f"{unet.get('in_channels', 4)} channels of latents, the bundle {latents}")
+    if texts is not None and texts != (width := unet.get("cross_attention_dim", 1280)):
+        found.append(f"text embeddings of width {width}, the bundle of {texts}")
+    begin = f"{checkpoint} is not the checkpoint of {bundle.manifest.name}: it has"
+    end = "other libraries paint with another model, so give --checkpoint DIR of the bundle's"
+    return tuple(f"{begin} {each}; {end}" for each in found)
+
+
+def _text_width(bundle: Bundle) -> int | None:
+    specs = {spec.name: spec for spec in bundle.component("denoiser").inputs}
+    width = specs["encoder_hidden_states"].shape[-1] if "encoder_hidden_states" in specs else None
+    return width if isinstance(width, int) else None
 
 
 def _in_precision(name: str, field: Field) -> list[Contestant]:

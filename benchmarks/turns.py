@@ -59,11 +59,11 @@ class Turn:
 
     round: int
     load: float | None = None
-    warm_up: list[float] = field(default_factory=list)
     memory: int | None = None
     device_memory: int | None = None
     pictures: list[Picture] = field(default_factory=list)
     complete: bool = False
+    warm_up: list[float] = field(default_factory=list)
 
 
 def run_turn(

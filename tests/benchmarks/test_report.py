@@ -59,6 +59,7 @@ def test_a_turn_in_a_result() -> None:
         for work in (*works, *works)
     ]
     found = turn_to_json(Turn(1, 0.2, 3, None, pictures, True))
+    assert found["warm_up"] == []
     assert [entry["steps"] for entry in found["pictures"]] == [2, 4]
     assert found["pictures"][1] == {
         "batch": 1,
