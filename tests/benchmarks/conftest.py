@@ -44,7 +44,7 @@ def steady(colour, log, settings, works):
 
 
 def told(colour, log, settings, works):
-    """As steady, and says what it is opened for."""
+    # As steady, and says what it is opened for.
     with open(log, "a") as file:
         file.write(f"{colour} open {[work.batch for work in works]}\\n")
     return Painter(colour, log)

@@ -1,6 +1,7 @@
 """Who is measured, and the rates of the machine that they are measured against."""
 
 import functools
+import importlib.util
 import json
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -98,10 +99,7 @@ def test_what_a_peer_needs_is_checked_before_it_is_made(
     name: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An environment without torch, which makes the graphs of both."""
-    monkeypatch.setattr(
-        "allaprima.benchmarks.peer_files.importlib.util.find_spec",
-        lambda name: None if name == "torch" else 1,
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(BackendError, match=rf"needs torch, which is not installed: pip .*{extra}\]'"):
         find_peers(name, Field("shapes", lineup.SHAPES, gpu=False))
 
