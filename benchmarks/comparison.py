@@ -54,7 +54,13 @@ def _missing(
     for name, work in there:
         if (name, work) not in others:
             only.setdefault(name, []).append(work)
-    return [Missing(name, tuple(works), lacking["absent"].get(name, "")) for name, works in only.items()]
+    return [Missing(name, tuple(works), _reason(name, lacking["absent"])) for name, works in only.items()]
+
+
+def _reason(contestant: str, absent: Mapping[str, str]) -> str:
+    """Why it is not there; of a library that nobody could make ready, what was said of "NAME" at all."""
+    asked = (name for name in absent if contestant.startswith(f"{name.partition(':')[0]}-"))
+    return absent.get(contestant) or absent.get(next(asked, ""), "")
 
 
 def compare(

@@ -13,7 +13,7 @@ from allaprima.benchmarks import cold, loadgen
 from allaprima.benchmarks.captions import Caption
 from allaprima.benchmarks.contestants import Contestant
 from allaprima.benchmarks.ours import ON_CPU
-from allaprima.benchmarks.plan import Plan, Work
+from allaprima.benchmarks.plan import Plan
 from allaprima.benchmarks.process import in_new_process, reason_of
 from allaprima.benchmarks.quality import compare_pictures
 from allaprima.benchmarks.rates import measure_rates
@@ -95,7 +95,7 @@ class Harness:
         total = self._plan.rounds * len(self._contestants)
         for index, contestant in enumerate(self._contestants):
             self._tell("preparation", index, len(self._contestants), contestant.name)
-            self._prepare(contestant, self._plan.works, folder, load=True)
+            self._prepare(contestant, folder)
         for number in range(self._plan.rounds):
             if roofline:
                 self._rates(number)
@@ -106,17 +106,13 @@ class Harness:
                 self._tell("turns", done, total, f"round {number + 1}, {contestant.name}")
                 self._turn(contestant, number, folder)
 
-    def _prepare(
-        self, contestant: Contestant, works: Sequence[Work], folder: Path, *, load: bool = False
-    ) -> bool:
-        """Make everything that it needs; whether it could be done."""
+    def _prepare(self, contestant: Contestant, folder: Path) -> None:
+        plan = self._plan
         try:
-            prepare(contestant, self._plan.settings, works, self._cache(contestant, folder), load=load)
+            prepare(contestant, plan.settings, plan.works, self._cache(contestant, folder), load=True)
         except RuntimeError as error:
             self._fail(contestant, str(error))
             self._keep()
-            return False
-        return True
 
     def _paint_reference(self, folder: Path) -> None:
         """One picture by the reference, where there is anything to compare with it."""
@@ -232,9 +228,14 @@ class Harness:
         for scenario in (name for name in SCENARIOS if name in asked.scenarios):
             cache = self._cache(contestant, folder)
             job = ScenarioRun(contestant, self._plan, scenario, asked, cache, most)
-            if not self._prepare(contestant, job.works, folder):
-                return
             work = {**asdict(self._plan.works[-1]), "batch": job.works[-1].batch}
+            try:
+                prepare(contestant, self._plan.settings, job.works, cache)
+            except RuntimeError as error:  # it may well have engines for other batches
+                about = {"scenario": scenario, "generator": "own", "error": str(error)}
+                self._result["scenarios"].append({"contestant": contestant.name, **work, **about})
+                self._keep()
+                continue
             try:
                 with closing(listen(job)) as said:
                     for _, found in said:

@@ -13,6 +13,7 @@ import pytest
 from allaprima.benchmarks import harness, turns
 from allaprima.benchmarks.contestants import Contestant
 from allaprima.benchmarks.harness import Harness, Measured
+from allaprima.benchmarks.page import write_report
 from allaprima.benchmarks.plan import Plan, Work
 from allaprima.benchmarks.result import new_result
 from allaprima.benchmarks.scenarios import Traffic
@@ -184,9 +185,21 @@ def test_each_scenario_is_opened_for_its_own_batches(made_up: ModuleType, plan: 
     assert lines[2:8] == [shape(1)] * 6
     assert lines[10:13] == [shape(3)] * 3, "the warm-up, and five queries in whole batches"
     assert lines[15:19] == [shape(1), shape(2), shape(1), shape(3)], "the first comes again"
+    assert result["absent"] == {}
     assert [(each["scenario"], each["batch"], each["queries"]) for each in result["scenarios"]] == [
         *(("single-stream", 1, 5), ("offline", 3, 6), ("server", 3, 5)),
     ]
+
+
+def test_a_scenario_for_which_nothing_can_be_built(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
+    contestant = steady(made_up, "a", 1, tmp_path / "log", build=made_up.no_engine)
+    result = new_result("bench", "tiny", plan)
+    Harness(result, [contestant], plan, keep=lambda: None).run(
+        Measured(latency=False, asked=Traffic(("single-stream", "offline"), 5, None, loadgen=False))
+    )
+    assert [each["error"] for each in result["scenarios"]] == ["ValueError: it cannot be built"] * 2
+    assert result["absent"] == {}, "it may have been measured otherwise"
+    assert "it cannot be built" in write_report(result, tmp_path)[0].read_text(encoding="utf-8")
 
 
 def test_engines_are_built_before_the_first_turn(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
