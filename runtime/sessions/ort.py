@@ -50,7 +50,9 @@ def open_session(
     return OrtSession(path, component, threads=threads, lazy=memory_limit is not None)
 
 
-def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+def footprint(
+    graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
+) -> Footprint:
     """Measured: one copy of the weights; of fp16 one in fp32 beside it, of int8 one in what is computed.
 
     Of a quantized graph it widens the weights, and keeps both.

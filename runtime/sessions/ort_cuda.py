@@ -59,7 +59,9 @@ class OrtGpuDriver(GpuDriver):
         check_precision("onnxruntime", component, precision)
         return OrtCudaSession(graph, component, default_gpu(), self, lazy=memory_limit is not None)
 
-    def footprint(self, graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+    def footprint(
+        self, graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
+    ) -> Footprint:
         """One copy of the weights; not measured yet."""
         return Footprint(stored(graph, component), stored(graph, component))
 
