@@ -125,7 +125,8 @@ def _check_precision(graph: Path, component: Component, precision: str | None) -
 class OrtSession:
     """See Session. `lazy`: nothing is loaded before the first binding.
 
-    `spinning` lets idle threads poll for work: faster alone, a nuisance to neighbours.
+    `spinning` lets threads poll for work during a run: faster alone, a nuisance to neighbours. Between runs
+    they never do, since another component's session wants the cores then.
     """
 
     memory: Memory = HOST
@@ -141,6 +142,7 @@ class OrtSession:
     ) -> None:
         options = session_options(threads)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         _spare_weights(options, component)
         self.precision = component.precision if component.float32_graph is None else "fp32"
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
