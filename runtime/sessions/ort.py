@@ -227,7 +227,8 @@ def open_graph(path: Path, component: Component, options: Any, providers: list[A
     import onnxruntime
 
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        # Without its own idea of what to do instead: it would print, and take the CPU.
+        session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
     sides = (component.inputs, session.get_inputs()), (component.outputs, session.get_outputs())
@@ -239,9 +240,12 @@ def open_graph(path: Path, component: Component, options: Any, providers: list[A
 def bind_addresses(
     session: Any, inputs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor], device: str
 ) -> Any:
-    """An IOBinding to the addresses of tensors on a device, "cpu" or "cuda"."""
-    binding = session.io_binding()
-    for name, tensor in tensors.items():
-        bind = binding.bind_input if name in inputs else binding.bind_output
-        bind(name, device, 0, tensor.array.dtype, tensor.array.shape, tensor.address)
+    """An IOBinding to the addresses of tensors on a device, "cpu" or "cuda". Raises BackendError."""
+    try:
+        binding = session.io_binding()
+        for name, tensor in tensors.items():
+            bind = binding.bind_input if name in inputs else binding.bind_output
+            bind(name, device, 0, tensor.array.dtype, tensor.array.shape, tensor.address)
+    except Exception as error:
+        raise BackendError(f"onnxruntime cannot bind its tensors on {device}: {error}") from error
     return binding
