@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import io
 import logging
+import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from allaprima.runtime.sessions.gpu_driver import GpuDriver, check_precision
 from allaprima.runtime.sessions.ort import Reopened, bind_addresses, open_graph, session_options
 
 Options = dict[str, str]
-CAPTURES = 32
-"""Graphs that a session captures at most: ONNX Runtime keeps all of them for as long as it lives."""
+CAPTURES = 128
+"""Graphs that an InferenceSession captures at most: it keeps all of them for as long as it lives."""
 _LOG = logging.getLogger("allaprima.runtime")
 
 
@@ -224,6 +225,8 @@ class OrtCudaSession:
     def bind(self, tensors: Mapping[str, Tensor]) -> OrtCudaBinding:
         """See Session.bind."""
         with self._gpu.exclusive:
+            if self.captures and not operator.length_hint(self._numbers):
+                self._opened.unload()  # with its graphs, once nobody holds its bindings
             session = self._opened.get()
             check_tensors(self.inputs, self.outputs, tensors)
             binding = bind_addresses(session, self.inputs, tensors, "cuda")
