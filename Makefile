@@ -5,7 +5,8 @@
 #   make check     formatting, lint, types and layering, exactly as CI runs them
 #   make format    let ruff rewrite what it can
 #   make test-gpu  the tests that need an NVIDIA GPU, in an environment of their own, .venv-gpu
-#   make bench-gpu benchmarks on the GPU, to benchmarks/results
+#   make bench-gpu benchmarks on the GPU, to benchmarks/results; -steps, -batch, -compile and -cold are its parts
+#   make tiny      the small model that test-gpu needs besides, to build/tiny, where torch is but no GPU
 #   make clean     remove everything that the commands above made, but for the picture
 #
 # PYTHON       the Python that makes the environment, 3.11 or newer.
@@ -15,14 +16,22 @@
 # WORKERS      how many processes run the tests, of one thread each, which take up to 2 GB.
 # MODEL        the bundle of bench-gpu, and CHECKPOINT_OF_MODEL its diffusers folder, which diffusers paints with;
 #              for shapes it is found.
-# WHEELS       for test-gpu and bench-gpu without a network: a folder with all wheels, setuptools too.
+# BACKENDS     that bench-gpu measures.
+# GPU_PYTHON   for test-gpu and bench-gpu, a Python that has all that they need; nothing is installed then.
+# GPU_EXTRAS   the extras to install for them otherwise: ort-gpu,tensorrt for TensorRT too.
+# WHEELS       to install them without a network: a folder with all wheels, setuptools too.
+# TINY         for test-gpu: the folder that make tiny made, if torch and diffusers are not there to export it.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+GPU_PYTHON ?=
+GPU_EXTRAS ?= ort-gpu
 WHEELS ?=
+TINY ?=
 WORKERS ?= 2
 MODEL ?= shapes
 CHECKPOINT_OF_MODEL ?=
+BACKENDS ?= tensorrt,tensorrt-rtx,ort-cuda
 PROMPT ?= a red circle above a blue square on a white background
 
 VENV := .venv
@@ -33,10 +42,10 @@ TYPES := build/types
 CHECKPOINT := models/shapes/checkpoint
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format clean test-gpu bench-gpu
+.PHONY: help run test check format clean test-gpu tiny bench-gpu bench-gpu-steps bench-gpu-batch bench-gpu-compile bench-gpu-cold
 
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,10s/^# *//p' Makefile
 
 run: $(VENV)/.run build/shapes/bundle.json
 	$(BIN)/allaprima build build/shapes
@@ -55,23 +64,48 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Either an environment of its own, since onnxruntime and onnxruntime-gpu exclude each other, which sees the packages
+# of the system's Python, as torch and diffusers; or GPU_PYTHON, from which the checkout is only put on the path.
 GPU := $(VENV)-gpu
-GPU_EXTRAS := ort-gpu,openvino,tensorrt-rtx,bench
+ifeq ($(GPU_PYTHON),)
+GPU_READY := $(GPU)/.ready
+RUN_GPU := $(GPU)/bin/python
+else
+GPU_READY := $(TYPES)
+RUN_GPU := PYTHONPATH=$(CURDIR)/$(TYPES)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON)
+endif
+FROM_WHEELS := $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
-test-gpu: $(GPU)/.ready
-	$(GPU)/bin/python -m pytest -m gpu tests/gpu $(ARGS)
+test-gpu: $(GPU_READY)
+	$(if $(TINY),ALLAPRIMA_TINY=$(abspath $(TINY))) $(RUN_GPU) -m pytest -m gpu tests/gpu $(ARGS)
 
-bench-gpu: $(GPU)/.ready
-	$(GPU)/bin/allaprima bench $(MODEL) --backend tensorrt,tensorrt-rtx,ort-cuda --precision fp16 \
-		--steps 1,4,8,20,30,50 --batch 1,4,8 --vs diffusers,diffusers-compile \
-		$(if $(CHECKPOINT_OF_MODEL),--checkpoint $(CHECKPOINT_OF_MODEL)) --output benchmarks/results/gpu-$(notdir $(MODEL)) $(ARGS)
+tiny: $(VENV)/.dev
+	$(BIN)/python -c 'from pathlib import Path; from tests.export.conftest import write_tiny; write_tiny(Path("build/tiny-checkpoint"))'
+	$(BIN)/allaprima export build/tiny-checkpoint build/tiny --name tiny --force
 
-# onnxruntime and onnxruntime-gpu exclude each other, so this is not the environment of the other commands. It may
-# see the packages of the system's Python: torch and diffusers, if the benchmark is to measure them.
+# Contestants take turns within a group, so all that are to be compared are in it.
+BENCH_GPU = $(RUN_GPU) -m allaprima.cli bench $(MODEL) --backend $(BACKENDS) --precision fp16 \
+	$(if $(CHECKPOINT_OF_MODEL),--checkpoint $(CHECKPOINT_OF_MODEL)) \
+	--output benchmarks/results/gpu-$(notdir $(MODEL))-$(@:bench-gpu-%=%) $(ARGS)
+
+bench-gpu: bench-gpu-steps bench-gpu-batch bench-gpu-compile bench-gpu-cold
+
+bench-gpu-steps: $(GPU_READY)
+	$(BENCH_GPU) --vs diffusers --steps 1,4,8,20,30,50 --cold 0
+
+bench-gpu-batch: $(GPU_READY)
+	$(BENCH_GPU) --vs diffusers --steps 4,20 --batch 4,8 --cold 0 --no-roofline
+
+bench-gpu-compile: $(GPU_READY)
+	$(BENCH_GPU) --vs diffusers-compile --steps 4,20,50 --rounds 2 --cold 0 --no-roofline
+
+bench-gpu-cold: $(GPU_READY)
+	$(BENCH_GPU) --vs diffusers --steps 4 --rounds 1 --repeats 1 --cold 3 --no-roofline
+
 $(GPU)/.ready: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU)
-	$(GPU)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) 'setuptools>=77' pytest
-	$(GPU)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS)) --no-build-isolation --editable '.[$(GPU_EXTRAS)]'
+	$(GPU)/bin/python -m pip install --quiet $(FROM_WHEELS) 'setuptools>=77' pytest matplotlib onnx scipy scikit-image
+	$(GPU)/bin/python -m pip install --quiet $(FROM_WHEELS) --no-build-isolation --editable '.[$(GPU_EXTRAS)]'
 	@touch $@
 
 clean:

@@ -30,7 +30,9 @@ class Graph:
         if gpu:
             onnxruntime.preload_dlls()
             providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "EXHAUSTIVE"}))
-        self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+        self._session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
+        if gpu and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise RuntimeError("onnxruntime cannot load its CUDAExecutionProvider, and would run on the CPU")
         self._gpu = gpu
         self._types = {each.name: each.type for each in self._session.get_inputs()}
 

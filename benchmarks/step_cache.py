@@ -2,7 +2,10 @@
 
 ```
 python -m allaprima.benchmarks.step_cache
+python -m allaprima.benchmarks.step_cache BUNDLE --size 512x512
 ```
+
+Of another bundle that has the graphs of cached steps only the seconds are measured.
 
 A cached step is not what other libraries compute, so none of this is compared with them.
 """
@@ -26,6 +29,7 @@ from allaprima.benchmarks.plots import COLOURS, Draw, Theme, check_plots, embed,
 from allaprima.benchmarks.report import RESULTS, stamp, table, write_result
 from allaprima.bundle import AllaprimaError
 from allaprima.cli.machine import read_machine
+from allaprima.cli.output import parse_size
 from allaprima.models.shapes.checker import score
 from allaprima.models.shapes.evaluate import held_out
 from allaprima.models.shapes.scenes import Scene
@@ -177,24 +181,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("bundle", nargs="?", type=Path, help="another one, to be timed only")
+    parser.add_argument("--size", type=parse_size, help="of its pictures (the model's own)")
+    parser.add_argument("--rounds", type=int, default=3, help="of its pictures, intervals in turn (3)")
     parser.add_argument("--count", type=int, default=300, help="how many held-out captions (300)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
     parser.add_argument("--intervals", type=int, nargs="+", default=list(INTERVALS), help="the first: 1")
     parser.add_argument("--layers", type=int, default=1, help="shallow layers, as of export (1)")
-    parser.add_argument("--backend", default="ort", help="of the runtime (ort)")
-    parser.add_argument("--precision", default="fp32", help="of weights and arithmetic (fp32)")
+    parser.add_argument("--backend", help="of the runtime (ort; another bundle's best)")
+    parser.add_argument("--precision", help="of weights and arithmetic (fp32; another bundle's best)")
     parser.add_argument("--bundles", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    for name in ("count", "steps", "layers"):
+    for name in ("count", "steps", "layers", "rounds"):
         if (given := getattr(options, name)) < 1:
             parser.error(f"--{name} is {given}: give at least 1")
     intervals = options.intervals
     if intervals[0] != 1 or len(set(intervals)) < 2 or sorted(set(intervals)) != intervals:
         parser.error(f"--intervals are {intervals}: give 1 and larger ones after it, in order")
     command = shlex.join(["python", "-m", "allaprima.benchmarks.step_cache", *arguments])
+    if options.bundle is None:
+        options.backend, options.precision = options.backend or "ort", options.precision or "fp32"
     try:
-        print(_measure(options, command))
+        print(_measure(options, command) if options.bundle is None else _time(options, command))
     except AllaprimaError as error:
         parser.error(str(error))
 
@@ -227,6 +236,64 @@ def _measure(options: argparse.Namespace, command: str) -> str:
     about = {**stamp(command, model.name, threads), "captions": options.count, "steps": options.steps}
     about |= {"backend": options.backend, "precision": options.precision, "layers": options.layers}
     return write_result(options.results, name, {**about, "like_for_like": False, "results": results}, lines)
+
+
+def take_turns(
+    paint: Callable[[int, int], float], intervals: Sequence[int], steps: int, rounds: int
+) -> dict[int, list[float]]:
+    """Seconds that `paint` of an interval and a number of steps takes, intervals in turn.
+
+    Before each picture comes one of two steps that is not counted, as in `paint_all`.
+    """
+    seconds: dict[int, list[float]] = {interval: [] for interval in intervals}
+    for number in range(1, rounds + 1):
+        for interval in intervals:
+            _tell(f"round {number} of {rounds}, interval {interval}")
+            paint(interval, 2)
+            seconds[interval].append(paint(interval, steps))
+    return seconds
+
+
+def _time(options: argparse.Namespace, command: str) -> str:
+    threads = read_machine().cores
+    width, height = options.size or (None, None)
+    with Pipeline.open(
+        options.bundle,
+        backend=options.backend or "auto",
+        precision=options.precision,
+        threads=threads,
+        safety_checker=False,
+    ) as pipeline:
+
+        def paint(interval: int, steps: int) -> float:
+            return pipeline.generate(
+                "a lighthouse at dusk",
+                num_inference_steps=steps,
+                seed=7,
+                width=width,
+                height=height,
+                cache_interval=interval,
+            ).timings["total"]
+
+        seconds = take_turns(paint, options.intervals, options.steps, options.rounds)
+        what = f"{pipeline.backend} in {pipeline.precision}"
+    model = options.bundle.absolute().name
+    rows = []
+    for interval, mine in seconds.items():
+        ratios = [one / other for one, other in zip(seconds[1], mine, strict=True)]
+        spread_of = f"{min(ratios):.2f} to {max(ratios):.2f}" if interval > 1 else "–"
+        median = statistics.median
+        rows.append([str(interval), f"{median(mine):.1f}", f"{median(ratios):.2f}", spread_of])
+    size = "its own size" if options.size is None else f"{width}x{height}"
+    lines = [
+        f"{model}: one picture of {size} in {options.steps} steps with guidance, {what}, intervals in turn, "
+        f"{options.rounds} rounds. **Not like for like** with what computes every step.",
+        "",
+        *table(["interval", "seconds a picture", "times as fast", "in single rounds"], rows),
+    ]
+    about = {**stamp(command, model, threads), "steps": options.steps, "size": options.size}
+    about |= {"like_for_like": False, "seconds": seconds}
+    return write_result(options.results, f"step-cache-seconds-{model}", about, lines)
 
 
 def _tell(line: str) -> None:

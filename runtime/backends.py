@@ -52,7 +52,9 @@ class Driver(Protocol):
     ) -> Session:
         """See `open_session` below."""
 
-    def footprint(self, graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+    def footprint(
+        self, graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
+    ) -> Footprint:
         """See `footprint` below."""
 
 
@@ -214,10 +216,19 @@ def open_session(
 
 
 def footprint(
-    graph: Path, component: Component, backend: str, engines: Sequence[EngineFile] = ()
+    graph: Path,
+    component: Component,
+    backend: str,
+    engines: Sequence[EngineFile] = (),
+    *,
+    precision: str | None = None,
 ) -> Footprint:
-    """The memory that a component takes with a backend once it has run, beside activations: an estimate."""
-    return _driver(backend).footprint(graph, component, engines)
+    """The memory that a component takes with a backend once it has run, beside activations: an estimate.
+
+    `precision` is as in `open_session`.
+    """
+    chosen = engine_precision(component, backend, precision)
+    return _driver(backend).footprint(graph, component, engines, precision=chosen)
 
 
 def compile_engine(

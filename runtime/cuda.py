@@ -25,6 +25,8 @@ ALIGNMENT = 256
 _NO_DRIVER = "its driver is not installed"
 IN_FLIGHT = 1 << 20
 """Bytes of pinned copies of a block that may be on their way at once; two at least, whatever their size."""
+SLOTS = 8
+"""Copies of a block at most, and so steps that the host may be ahead of the device."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,11 @@ class Gpu:
             raise BackendError(f"no NVIDIA GPU works here: {_first_line(cause)}") from cause
         self._scratch: Any = None
         self.exclusive = threading.RLock()
-        """Held while a session enqueues: of two threads' work, one goes first, whole."""
+        """Held by whoever enqueues: of two threads' work, one goes first, whole.
+
+        While one of them captures a graph, what another enqueued would become a part of it, and what another
+        allocated would break it.
+        """
 
     @property
     def device(self) -> Device:
@@ -122,7 +128,7 @@ class Gpu:
 
         Raises BackendError with what was asked and what is free.
         """
-        with self._told(f"{size / 1e6:.0f} MB of device memory"):
+        with self.exclusive, self._told(f"{size / 1e6:.0f} MB of device memory"):
             buffer = self._device.allocate(max(size, 1), stream=self._stream)
             buffer.fill(0, stream=self._stream)
             return buffer
@@ -131,7 +137,7 @@ class Gpu:
         """`size` bytes of page-locked host memory, which copies to and from the device need to be fast."""
         from cuda.core import LegacyPinnedMemoryResource
 
-        with self._told(f"{size / 1e6:.0f} MB of pinned host memory"):
+        with self.exclusive, self._told(f"{size / 1e6:.0f} MB of pinned host memory"):
             buffer: Any = LegacyPinnedMemoryResource().allocate(max(size, 1))
         memory: Any = (ctypes.c_uint8 * size).from_address(int(buffer.handle))
         memory.owner = buffer  # the array keeps `memory`, and so the buffer
@@ -140,19 +146,26 @@ class Gpu:
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Enqueue a copy between any two addresses, of the device or of pinned memory."""
-        self._checked(self._driver.cuMemcpyAsync(target, source, size, self.stream))
+        with self.exclusive:
+            self._checked(self._driver.cuMemcpyAsync(target, source, size, self.stream))
 
     def record(self) -> Callable[[], None]:
         """Mark this place in the stream; the result waits until it is reached."""
-        event = self._stream.record()
-        wait: Callable[[], None] = event.sync
+        with self.exclusive:
+            event = self._stream.record()
+
+        def wait() -> None:
+            with self._apart():
+                event.sync()
+
         return wait
 
     def mark(self) -> Any:
         """Mark this place in the stream with its time, for `seconds`."""
         from cuda.core import EventOptions
 
-        return self._stream.record(options=EventOptions(timing_enabled=True))
+        with self.exclusive:
+            return self._stream.record(options=EventOptions(timing_enabled=True))
 
     def seconds(self, begin: Any, end: Any) -> float:
         """Between two marks, which must have been reached: see `synchronize`."""
@@ -161,7 +174,7 @@ class Gpu:
     def synchronize(self) -> None:
         """Wait for everything. Raises BackendError if any of it failed."""
         with self._told("the GPU's work"):
-            self._stream.sync()
+            self.record()()  # and not the stream itself, which must be left alone while it is captured
 
     def attach(self) -> None:
         """Make its context that of this thread, since CUDA has one for each. Raises BackendError."""
@@ -197,6 +210,16 @@ class Gpu:
         except Exception:  # an invalidated capture: the caller goes on without a graph
             return None
         return Graph(lambda: graph.launch(self._stream))
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Let this thread wait while another captures a graph: by default that would fail, and break both."""
+        exchange = self._driver.cuThreadExchangeStreamCaptureMode
+        before = self._checked(exchange(self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+        try:
+            yield
+        finally:
+            self._checked(exchange(before))
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
         """The values that a call of the driver returns after its status. Raises BackendError."""
@@ -283,8 +306,10 @@ class CudaBlock:
         self._gpu, self._size = gpu, size
         self._buffer = gpu.allocate(size)
         self._host = np.zeros(size, np.uint8)
-        self._slots: list[tuple[NDArray[np.uint8], Callable[[], None]]] = []
-        self._next, self._count = 0, min(64, max(2, IN_FLIGHT // max(size, 1)))
+        self._slots: list[NDArray[np.uint8]] = []
+        self._owner = self._buffer, self._slots  # a copy from a slot may be on its way when the block goes
+        self._waits: list[Callable[[], None]] = []
+        self._next = 0
         self.tensors: Mapping[str, Tensor] = {
             name: self._tensor(offsets[name], shape, np.dtype(dtype))
             for name, (shape, dtype) in layout.items()
@@ -293,15 +318,15 @@ class CudaBlock:
     def _tensor(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         array = self._host[offset : offset + size].view(dtype).reshape(shape)
-        return Tensor(array, int(self._buffer.handle) + offset, self._buffer)
+        return Tensor(array, int(self._buffer.handle) + offset, self._owner)
 
     def push(self) -> None:
         """See Block.push."""
         slot = self._slot()
         slot[...] = self._host
         self._gpu.copy(int(self._buffer.handle), slot.ctypes.data, self._size)
-        self._slots[self._next] = slot, self._gpu.record()
-        self._next = (self._next + 1) % self._count
+        self._waits[self._next] = self._gpu.record()
+        self._next = (self._next + 1) % len(self._slots)
 
     def pull(self) -> None:
         """See Block.pull."""
@@ -311,12 +336,13 @@ class CudaBlock:
         self._host[...] = slot
 
     def _slot(self) -> NDArray[np.uint8]:
-        """The next slot, once nothing uses it."""
-        if self._next == len(self._slots):
-            self._slots.append((self._gpu.pinned(self._size), lambda: None))
-        slot, wait = self._slots[self._next]
-        wait()
-        return slot
+        """The next slot, once nothing uses it. All of them are one allocation, which takes long."""
+        if not self._slots:
+            count = min(SLOTS, max(2, IN_FLIGHT // max(self._size, 1)))
+            self._slots.extend(self._gpu.pinned(count * self._size).reshape(count, self._size))
+            self._waits = [lambda: None] * count
+        self._waits[self._next]()
+        return self._slots[self._next]
 
 
 def _place(layout: Layout) -> tuple[dict[str, int], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,14 @@ def borrow(array: Any) -> Tensor:
             "hand in an array of the GPU"
         )
     host = np.empty(shape, dtype)  # for its shape and type; nothing is ever written to it
-    if strides not in (None, host.strides):
+    if strides is not None and _steps(strides, shape) != _steps(host.strides, shape):
         raise BackendError(f"an array with strides {strides}: hand in a C-contiguous one")
     return Tensor(host, address, array)
+
+
+def _steps(strides: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """The strides that matter: nobody steps along an axis of size 1."""
+    return [step for step, size in zip(strides, shape, strict=True) if size != 1]
 
 
 def _view(array: Any) -> tuple[tuple[int, ...], np.dtype[Any], tuple[int, ...] | None, int]:

@@ -81,6 +81,8 @@ class Lanes:
         for painting in self._paintings:
             if painting in self._lanes and self._present is not None:
                 painting.state.take(0, self._present, self._lanes.index(painting))
+        if self._present is not None:
+            self._present.retire()
         self._denoisers.clear()
         self._present, self._lanes = None, []
 

@@ -45,7 +45,13 @@ class Opener:
     def weigh(self, role: str) -> Footprint:
         """What a component takes: see `backends.footprint`."""
         component = self._bundle.component(role)
-        return footprint(self._bundle.path(component.graph), component, self._backend, self._engines(role))
+        return footprint(
+            self._bundle.path(component.graph),
+            component,
+            self._backend,
+            self._engines(role),
+            precision=self._precision,
+        )
 
     def _engines(self, role: str) -> tuple[EngineFile, ...]:
         """Looked for once: to find them is to hash them."""

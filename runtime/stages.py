@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -290,6 +291,14 @@ class Denoiser:
         self.guidance[:, lane] = other.guidance[:, index]
         if self.guidance_rescale is not None and other.guidance_rescale is not None:
             self.guidance_rescale[lane] = other.guidance_rescale[index]
+
+    def retire(self) -> None:
+        """To be called before it is let go of: a device may still be at work in its memory.
+
+        Whether that fails does not matter any more.
+        """
+        with suppress(BackendError):
+            self._memory.synchronize()
 
     def step(self, *, full: bool = True) -> None:
         """Take one step in all lanes; one that is not `full` takes the deep features of the last that was.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from allaprima.bundle import Bundle
 from allaprima.runtime.components import Components
+from allaprima.runtime.memory import HostMemory
 from allaprima.runtime.painting import Shape
 from allaprima.runtime.safety import COMPONENT as SAFETY
 from allaprima.runtime.safety import SafetyChecker
@@ -12,6 +13,8 @@ from allaprima.runtime.stages import Decoder, Denoiser, Encoder
 from allaprima.runtime.step_cache import DEEP, SHALLOW
 
 DENOISER, DECODER, ENCODER = "denoiser", "vae_decoder", "vae_encoder"
+KEPT = 4
+"""Denoisers of a device, the least recently used of which goes first."""
 
 
 class Staging:
@@ -19,11 +22,12 @@ class Staging:
 
     def __init__(self, bundle: Bundle, components: Components) -> None:
         self._bundle, self._components = bundle, components
+        self._denoisers: dict[object, Denoiser] = {}  # by what they were made for, the last used last
         self.drop()
 
     def drop(self) -> None:
         """Let go of all of them."""
-        self._denoiser: tuple[object, Denoiser] | None = None  # with what it was made for
+        self._keep(0)
         self._decoder: tuple[object, Decoder] | None = None
         self._encoder: tuple[object, Encoder] | None = None
         self._safety: SafetyChecker | None = None
@@ -31,16 +35,25 @@ class Staging:
     def denoiser(self, settings: Settings, length: int) -> Denoiser:
         """The denoiser of the request's shape, for `length` tokens.
 
-        The graphs of a cached step are opened when they are first needed. Raises BackendError or
-        RequestError.
+        On a device those of the last few shapes are kept, since each has CUDA graphs that take time and
+        memory to capture. The graphs of a cached step are opened when they are first needed. Raises
+        BackendError or RequestError.
         """
         cached = settings.cache_interval > 1
         shape = Shape(settings.height, settings.width, settings.branches, length)
         key = (shape, settings.num_images, cached)
-        if self._denoiser is None or self._denoiser[0] != key:
-            self._denoiser = None  # first, so that the old and the new buffers never exist together
-            self._denoiser = key, self.make_denoiser(shape, settings.num_images, cached=cached)
-        return self._denoiser[1]
+        if key not in self._denoisers:
+            session = self._components.open(DEEP if cached else DENOISER)
+            one = self._components.limited or isinstance(session.memory, HostMemory)
+            self._keep(0 if one else KEPT - 1)  # first, so that old and new buffers never exist together
+            self._denoisers[key] = self.make_denoiser(shape, settings.num_images, cached=cached)
+        self._denoisers[key] = self._denoisers.pop(key)
+        return self._denoisers[key]
+
+    def _keep(self, count: int) -> None:
+        """Let go of all denoisers but those that were used last."""
+        while len(self._denoisers) > count:
+            self._denoisers.pop(next(iter(self._denoisers))).retire()
 
     def make_denoiser(
         self, shape: Shape, lanes: int, *, cached: bool = False, bound: bool = True

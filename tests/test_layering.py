@@ -64,7 +64,7 @@ DRIVERS: dict[str, tuple[str, ...]] = {
     "cuda": ("runtime/cuda.py", "runtime/exchange.py"),
     # Export may not import the runtime, so its check against torch opens graphs itself.
     "onnxruntime": ("runtime/sessions/ort.py", "runtime/sessions/ort_cuda.py", "export/segments.py"),
-    "openvino": ("runtime/sessions/openvino.py",),
+    "openvino": ("runtime/sessions/openvino.py", "runtime/sessions/openvino_weights.py"),
     "polygraphy": ("engine/tensorrt.py",),
     "tensorrt": (),
     "tensorrt_rtx": (),

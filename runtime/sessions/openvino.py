@@ -14,6 +14,7 @@ from allaprima.bundle import BackendError, Component, EngineFile, Profile, Reque
 from allaprima.runtime.footprint import Footprint, stored
 from allaprima.runtime.memory import HOST, Memory, Tensor, on_host
 from allaprima.runtime.session import check_names, check_tensors
+from allaprima.runtime.sessions.openvino_weights import widen
 
 SMALL = 16
 """Latents of up to this size may be a single token where a UNet of at most five levels is deepest."""
@@ -83,18 +84,17 @@ def open_session(
     )
 
 
-def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
-    """Measured: a compiled model keeps the graph's weights, and a copy in the order its kernels want.
+def footprint(
+    graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
+) -> Footprint:
+    """Measured: the mapped weights, and a copy in the order and the precision that the kernels want.
 
-    What is stored in fp16 becomes fp32 in both; bf16 stays where the CPU has it, and int8 that is multiplied
-    with int8. Of an engine, the first half is mapped.
+    Of an int8 denoiser that copy has more than int8.
     """
-    if engines:
-        weights = 2 * max(file.path.stat().st_size for file in engines)
-    else:
-        kept = component.precision in {"fp32", "bf16"} & set(precisions())
-        weights = stored(graph, component) * (2 if kept else 4 if component.quantization is None else 3)
-    return Footprint(weights, weights)
+    weights = max((file.path.stat().st_size for file in engines), default=0) or stored(graph, component)
+    widened = precision == "fp32" and component.precision != "fp32"
+    count = weights * (3 if widened or component.quantization is not None else 2)
+    return Footprint(count, count)
 
 
 def import_engine(path: Path, properties: Mapping[str, Any]) -> Any:
@@ -125,6 +125,7 @@ def compile_graph(
     the nearest matrix product, so making the sines and cosines outputs keeps their phases exact.
     """
     model = _core().read_model(graph)
+    widen(model, precision)
     if profile is not None:
         model.reshape({spec.name: list(profile.shapes(spec)[1]) for spec in component.inputs})
     if precision != "fp32":

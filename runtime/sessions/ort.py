@@ -50,7 +50,9 @@ def open_session(
     return OrtSession(path, component, threads=threads, lazy=memory_limit is not None)
 
 
-def footprint(graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+def footprint(
+    graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
+) -> Footprint:
     """Measured: one copy of the weights; of fp16 one in fp32 beside it, of int8 one in what is computed.
 
     Of a quantized graph it widens the weights, and keeps both.
@@ -123,7 +125,8 @@ def _check_precision(graph: Path, component: Component, precision: str | None) -
 class OrtSession:
     """See Session. `lazy`: nothing is loaded before the first binding.
 
-    `spinning` lets idle threads poll for work: faster alone, a nuisance to neighbours.
+    `spinning` lets threads poll for work during a run: faster alone, a nuisance to neighbours. Between runs
+    they never do, since another component's session wants the cores then.
     """
 
     memory: Memory = HOST
@@ -139,6 +142,7 @@ class OrtSession:
     ) -> None:
         options = session_options(threads)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         _spare_weights(options, component)
         self.precision = component.precision if component.float32_graph is None else "fp32"
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
@@ -223,7 +227,8 @@ def open_graph(path: Path, component: Component, options: Any, providers: list[A
     import onnxruntime
 
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        # Without its own idea of what to do instead: it would print, and take the CPU.
+        session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise BackendError(f"onnxruntime cannot load {path}: {error}") from error
     sides = (component.inputs, session.get_inputs()), (component.outputs, session.get_outputs())
@@ -235,9 +240,12 @@ def open_graph(path: Path, component: Component, options: Any, providers: list[A
 def bind_addresses(
     session: Any, inputs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor], device: str
 ) -> Any:
-    """An IOBinding to the addresses of tensors on a device, "cpu" or "cuda"."""
-    binding = session.io_binding()
-    for name, tensor in tensors.items():
-        bind = binding.bind_input if name in inputs else binding.bind_output
-        bind(name, device, 0, tensor.array.dtype, tensor.array.shape, tensor.address)
+    """An IOBinding to the addresses of tensors on a device, "cpu" or "cuda". Raises BackendError."""
+    try:
+        binding = session.io_binding()
+        for name, tensor in tensors.items():
+            bind = binding.bind_input if name in inputs else binding.bind_output
+            bind(name, device, 0, tensor.array.dtype, tensor.array.shape, tensor.address)
+    except Exception as error:
+        raise BackendError(f"onnxruntime cannot bind its tensors on {device}: {error}") from error
     return binding

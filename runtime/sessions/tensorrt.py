@@ -70,12 +70,13 @@ class TensorrtSession:
 
     def unload(self) -> None:
         """See Session.unload."""
-        self._engines.clear()
+        with self._gpu.exclusive:
+            self._engines.clear()
 
     def close(self) -> None:
         """See Session.close."""
         self._plans = None
-        self._engines.clear()
+        self.unload()
 
     def _unserved(self, extents: Mapping[str, int]) -> RequestError:
         profiles = [profile for plan in self._plans or () for profile in plan.profiles]

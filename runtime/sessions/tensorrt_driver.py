@@ -58,7 +58,9 @@ class TensorrtDriver(GpuDriver):
             engines, component, default_gpu(), flavours.load(self.name), memory_limit=memory_limit
         )
 
-    def footprint(self, graph: Path, component: Component, engines: Sequence[EngineFile]) -> Footprint:
+    def footprint(
+        self, graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
+    ) -> Footprint:
         """The largest engine's size, nearly all of which is weights; what it can stream, it can leave out."""
         largest = max(engines, key=lambda file: file.path.stat().st_size, default=None)
         weights = 0 if largest is None else largest.path.stat().st_size

@@ -56,9 +56,44 @@ def test_the_result_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert (tmp_path / f"step-cache-shapes-{name}{suffix}.svg").read_text().startswith("<?xml")
 
 
+def test_another_bundle_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    whole = Pipeline.generate
+
+    def generate(self: Pipeline, prompt: str, *, cache_interval: int, **options: Any) -> Any:
+        asked.append((cache_interval, options["num_inference_steps"]))
+        return whole(self, prompt, **options)
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    folder = Pipeline.open("shapes", backend="ort").bundle.folder
+    words = ["--steps", "3", "--intervals", "1", "2", "--rounds", "2", "--size", "64x64", "--backend", "ort"]
+    step_cache.main([str(folder), *words, "--results", str(tmp_path)])
+    assert asked == [(1, 2), (1, 3), (2, 2), (2, 3)] * 2
+    result = json.loads((tmp_path / "step-cache-seconds-shapes.json").read_text())
+    assert [len(each) for each in result["seconds"].values()] == [2, 2]
+    assert result["size"] == [64, 64]
+    page = (tmp_path / "step-cache-seconds-shapes.md").read_text()
+    assert "shapes: one picture of 64x64 in 3 steps" in page
+    assert "**Not like for like**" in page
+
+
+def test_a_bundle_without_cached_steps(tmp_path: Path) -> None:
+    folder = Pipeline.open("shapes", backend="ort").bundle.folder
+    with pytest.raises(SystemExit):
+        step_cache.main([str(folder), "--steps", "2", "--rounds", "1", "--results", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "words",
-    [["--count", "0"], ["--steps", "0"], ["--intervals", "2", "3"], ["--intervals", "1"], ["--layers", "0"]],
+    [
+        ["--rounds", "0"],
+        ["--count", "0"],
+        ["--steps", "0"],
+        ["--intervals", "2", "3"],
+        ["--intervals", "1"],
+        ["--layers", "0"],
+    ],
 )
 def test_bad_options(tmp_path: Path, words: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -248,7 +248,9 @@ def test_weights_that_can_be_streamed(bundle: Bundle, cache: Path) -> None:
     found = matching_engines(key, lambda _: True)
     assert [file.streams for file in found] == [True, False]
     assert found[0].path.stat().st_size > 0
-    session = TENSORRT_RTX.footprint(Path("graph"), bundle.component(key.component), found[:1])
+    session = TENSORRT_RTX.footprint(
+        Path("graph"), bundle.component(key.component), found[:1], precision="fp16"
+    )
     assert session == Footprint(found[0].path.stat().st_size, 0)
 
 

@@ -1,5 +1,6 @@
 """Engines are built once for the whole run, since TensorRT takes minutes for each."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,21 @@ def cache(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A checkpoint with tiny networks and random weights, in float16; needs the libraries of export."""
-    pytest.importorskip("diffusers", reason='needs pip install "allaprima[export]"')
+    """A checkpoint with tiny networks and random weights, in float16.
+
+    Its bundle is in the folder that ALLAPRIMA_TINY names, or is exported, with the libraries for that.
+    """
+    if folder := os.environ.get("ALLAPRIMA_TINY"):
+        return open_bundle(Path(folder))
+    needs = 'needs pip install "allaprima[export]", or ALLAPRIMA_TINY, the folder that "make tiny" makes'
+    pytest.importorskip("torch", minversion="2.13", reason=needs)
+    pytest.importorskip("diffusers", reason=needs)
     from allaprima.export import export_checkpoint
 
     from ..export.conftest import write_tiny
 
-    folder = tmp_path_factory.mktemp("tiny")
-    return export_checkpoint(str(write_tiny(folder / "checkpoint")), folder / "bundle")
+    made = tmp_path_factory.mktemp("tiny")
+    return export_checkpoint(str(write_tiny(made / "checkpoint")), made / "bundle")
 
 
 @pytest.fixture(params=["shapes", "tiny"])

@@ -27,9 +27,8 @@ def pixels(result: Result) -> NDArray[np.uint8]:
 
 def conditions(pipeline: Pipeline) -> NDArray[np.float32]:
     """What the last request gave the denoiser, [G,B,L,D]."""
-    array: NDArray[np.float32] = (
-        vars(vars(pipeline)["_stages"])["_denoiser"][1].conditions["encoder_hidden_states"].array
-    )
+    *_, denoiser = vars(vars(pipeline)["_stages"])["_denoisers"].values()
+    array: NDArray[np.float32] = denoiser.conditions["encoder_hidden_states"].array
     return array
 
 

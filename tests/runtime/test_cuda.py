@@ -1,8 +1,6 @@
-"""The path on a GPU, on one that is made up: its memory is the host's, and nothing is done before it must.
+"""The path on a GPU, on one that is made up.
 
-Whatever is enqueued runs only when somebody waits for it, so a host that overwrites what is still to be
-copied, or reads what is not there yet, gets another picture. Engines are TensorRT's interface over ONNX
-Runtime on the CPU, so pictures must be equal to the bit.
+Engines are TensorRT's interface over ONNX Runtime on the CPU, so pictures must be equal to the bit.
 """
 
 import ast
@@ -12,8 +10,6 @@ import json
 import subprocess
 import sys
 import threading
-import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,88 +22,15 @@ import pytest
 import allaprima.runtime.cuda
 from allaprima.bundle import BackendError, Bundle, EngineFile, Profile, RequestError
 from allaprima.runtime import Pipeline, Request, exchange
-from allaprima.runtime.cuda import CudaMemory, Gpu, Graph, default_gpu, use
+from allaprima.runtime.cuda import CudaMemory, Gpu, default_gpu, use
 from allaprima.runtime.exchange import Lent, borrow
 from allaprima.runtime.flavours import load
 from allaprima.runtime.footprint import Footprint
 from allaprima.runtime.sessions.tensorrt import TensorrtSession
 
-STREAM, CAPTURING = 7, 99
+from .lazy_gpu import CAPTURING, STREAM, LazyGpu
+
 NEED = {"text_encoder": 512, "denoiser": 1024, "vae_decoder": 4096}
-
-
-class LazyGpu(Gpu):
-    """See above. `limit` is how many bytes of device memory there are."""
-
-    def __init__(self, limit: int = 1 << 30) -> None:
-        self._scratch = None
-        self.exclusive = threading.RLock()
-        self.threads = {threading.get_ident()}
-        self.queue: list[Callable[[], object]] = []
-        self.captured: list[Callable[[], object]] | None = None
-        self.limit, self.waits, self.launches, self.alive = limit, 0, 0, weakref.WeakSet[Any]()
-
-    @property
-    def stream(self) -> int:
-        return STREAM
-
-    def used(self) -> int:
-        return sum(buffer.size for buffer in self.alive)
-
-    def free_memory(self) -> tuple[int, int]:
-        return self.limit - self.used(), self.limit
-
-    def allocate(self, size: int) -> Any:
-        with self._told(f"{size / 1e6:.0f} MB of device memory"):
-            if size > self.free_memory()[0]:
-                raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
-        buffer = Buffer(size)
-        self.alive.add(buffer)
-        self.enqueue(lambda: ctypes.memset(buffer.handle, 0, size))
-        return buffer
-
-    def pinned(self, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return np.full(size, 0xAA, np.uint8)
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        self.enqueue(lambda: ctypes.memmove(target, source, size))
-
-    def record(self) -> Callable[[], None]:
-        mark = len(self.queue)
-        return lambda: self._run(mark)
-
-    def attach(self) -> None:
-        self.threads.add(threading.get_ident())
-
-    def synchronize(self) -> None:
-        self.waits += 1
-        self._run(len(self.queue))
-
-    def capture(self, work: Callable[[int], bool]) -> Graph | None:
-        self.captured = []
-        done, captured = work(CAPTURING), self.captured
-        self.captured = None
-        return Graph(lambda: self._launch(captured)) if done else None
-
-    def enqueue(self, work: Callable[[], object], stream: int = STREAM) -> None:
-        assert threading.get_ident() in self.threads, "CUDA has no context in this thread"
-        assert (stream == CAPTURING) == (self.captured is not None)
-        (self.queue if self.captured is None else self.captured).append(work)
-
-    def _launch(self, captured: list[Callable[[], object]]) -> None:
-        self.launches += 1
-        self.queue.extend(captured)
-
-    def _run(self, end: int) -> None:
-        for index in range(end):
-            work, self.queue[index] = self.queue[index], lambda: None
-            work()
-
-
-class Buffer:
-    def __init__(self, size: int) -> None:
-        self.memory = np.full(size + 256, 0xCC, np.uint8)
-        self.handle, self.size = -(-self.memory.ctypes.data // 256) * 256, size
 
 
 class Logger:
@@ -392,6 +315,31 @@ def test_memory_does_not_grow(bundle: Bundle, tmp_path: Path) -> None:
     assert gpu.used() == 0
 
 
+def test_lanes_wait_before_they_let_go(bundle: Bundle, tmp_path: Path) -> None:
+    """A context that is destroyed while the device still works with it takes the process with it."""
+    gpu = LazyGpu()
+    request = Request("a red circle", seed=1, sampler="ddim", num_inference_steps=3, height=64, width=32)
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        painting = device.prepare(*device.settle(request))
+        lanes = device.lanes(painting.shape, 1)
+        lanes.admit(painting)
+        lanes.step()
+        gpu.waits = 0
+        lanes.drop()
+        assert gpu.waits == 1
+
+
+def test_denoisers_of_the_last_shapes_keep_their_graphs(bundle: Bundle, tmp_path: Path) -> None:
+    gpu = LazyGpu()
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        for _ in range(2):
+            device.generate("a red circle", seed=1, **REQUESTS[0])
+            device.generate("a red circle", seed=1, **REQUESTS[2])
+        gpu.launches = 0
+        device.generate("a red circle", seed=1, **REQUESTS[0])
+        assert gpu.launches == 6 + 1  # every step of them, and the text encoder's
+
+
 def test_unloaded(bundle: Bundle, tmp_path: Path) -> None:
     gpu = LazyGpu()
     request = {"num_inference_steps": 3, "height": 64, "width": 32, "seed": 1}
@@ -504,6 +452,20 @@ def test_blocks_keep_what_was_pushed() -> None:
     assert (b.array == -149).all()
 
 
+def test_pinned_memory_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than a step."""
+    gpu, sizes = LazyGpu(), list[int]()
+    pinned = gpu.pinned
+    monkeypatch.setattr(gpu, "pinned", lambda size: [sizes.append(size), pinned(size)][1])
+    small, large = ({"a": ((count,), np.uint8)} for count in (300, 1 << 20))
+    for layout in (small, large):
+        block = CudaMemory(gpu).allocate(layout)
+        for _ in range(20):
+            block.push()
+        block.pull()
+    assert sizes == [8 * 512, 2 << 20]
+
+
 def test_tensor_keeps_its_memory() -> None:
     gpu = LazyGpu()
     part = CudaMemory(gpu).allocate({"a": ((4, 5), np.float32)}).tensors["a"][3].reshape(5, 1)
@@ -614,6 +576,63 @@ def test_what_cannot_be_borrowed() -> None:
     interface = {"shape": (2, 3), "typestr": "<f4", "data": (4096, False), "strides": (4, 8), "version": 3}
     with pytest.raises(BackendError, match=r"strides \(4, 8\): hand in a C-contiguous"):
         borrow(SimpleNamespace(__cuda_array_interface__=interface))
+
+
+@pytest.mark.parametrize("strides", [None, (96, 12, 4), (4, 12, 4), (1 << 40, 12, 4)])
+def test_strides_of_axes_of_size_one_do_not_matter(strides: tuple[int, ...] | None) -> None:
+    interface = {"shape": (1, 2, 3), "typestr": "<f4", "data": (4096, False), "strides": strides}
+    tensor = borrow(SimpleNamespace(__cuda_array_interface__={**interface, "version": 3}))
+    assert (tensor.array.shape, tensor.address) == ((1, 2, 3), 4096)
+
+
+class Guarded:
+    """The device, the stream, the driver and an event in one: whatever enqueues asks for the lock."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.handle, self.asked = gpu, 4096, list[str]()
+        self.modes = ["global"]
+        self.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed")
+
+    def _enqueue(self, what: str) -> Any:
+        assert self.gpu.exclusive._is_owned()  # type: ignore[attr-defined]
+        self.asked.append(what)
+        return self
+
+    def allocate(self, size: int, *, stream: Any) -> Any:
+        return self._enqueue("allocate")
+
+    def fill(self, value: int, *, stream: Any) -> None:
+        self._enqueue("fill")
+
+    def record(self, options: Any = None) -> Any:
+        return self._enqueue("record")
+
+    def cuMemcpyAsync(self, *_: int) -> tuple[int]:  # noqa: N802
+        self._enqueue("copy")
+        return (0,)
+
+    def sync(self) -> None:
+        assert not self.gpu.exclusive._is_owned()  # type: ignore[attr-defined]
+        assert self.modes[-1] == "relaxed"
+        self.asked.append("wait")
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: str) -> tuple[int, str]:  # noqa: N802
+        self.modes.append(mode)
+        return 0, self.modes[-2]
+
+
+def test_nobody_gets_into_the_graph_of_another() -> None:
+    """What enqueues holds the lock; what waits does not, and may do so while another thread captures."""
+    gpu = Gpu.__new__(Gpu)
+    gpu.exclusive = threading.RLock()
+    guarded = Guarded(gpu)
+    vars(gpu).update(_device=guarded, _stream=guarded, _driver=guarded)
+    gpu.allocate(8)
+    gpu.copy(0, 8, 4)
+    gpu.record()()
+    gpu.synchronize()
+    assert guarded.asked == ["allocate", "fill", "copy", *["record", "wait"] * 2]
+    assert guarded.modes == ["global", *["relaxed", "global"] * 2]
 
 
 def test_a_gpu_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

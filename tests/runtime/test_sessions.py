@@ -251,6 +251,33 @@ def test_engine_of_openvino(tmp_path: Path) -> None:
     assert is_right(buffers)
 
 
+@pytest.mark.parametrize("stored", ["fp16", "bf16"])
+def test_openvino_keeps_half_precision_in_its_file(stored: str, tmp_path: Path) -> None:
+    """What is stored in half precision is computed in fp32 where that is asked for, and no constant grows."""
+    kind = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[stored]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+    weights = np.random.default_rng(0).normal(size=(512, 512)).astype(dtype)
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+    product (float[B, 512] x) => (float[B, 512] y) {{
+        rounded = Cast <to = {kind}> (x)
+        product = MatMul (rounded, weights)
+        y = Cast <to = 1> (product)
+    }}
+    """
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "weights"))
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    specs = TensorSpec("x", "float32", ("B", 512)), TensorSpec("y", "float32", ("B", 512))
+    component = Component("model.onnx", stored, specs[:1], specs[1:], ())
+    opened = open_session(path, component, "openvino", precision="fp32", threads=1)
+    x, y = np.random.default_rng(1).normal(size=(3, 512)).astype(np.float32), np.zeros((3, 512), np.float32)
+    opened.bind(on_host({"x": x, "y": y})).run()
+    np.testing.assert_allclose(y, x @ weights.astype(np.float32), atol=1e-3)
+    compiled = compile_graph(path, component, precision="fp32", threads=1)
+    assert len(compiled.export_model().getvalue()) < 1.2 * weights.nbytes
+
+
 def test_openvino_keeps_phases_exact(tmp_path: Path) -> None:
     """In bf16, cos(timestep * frequency) would otherwise be of a timestep rounded to 8 bits."""
     info = {info.name: info for info in backends()}["openvino"]
