@@ -42,9 +42,6 @@ class Painter(Protocol):
     def host_memory(self) -> int | None:
         """The peak of the process that paints, in bytes, where that is not this one."""
 
-    def device_memory(self) -> int | None:
-        """Bytes of device memory that this process uses, as far as it is known."""
-
     def close(self) -> None:
         """Let go of everything."""
 
@@ -56,8 +53,11 @@ class Contestant:
     `open` is given the settings and all that is to be painted. It is called in a process of its own, where it
     is unpickled: a function of a module, or a partial of one; everything heavy is imported inside.
     `first_picture` gives a command that paints one picture to a file in a new process, None if there is none.
-    `bundle` is the folder of the bundle that it runs, for those that run one. `same_picture` is False where
-    it cannot be given the noise and the tokens of the others.
+    `bundle` is the folder of the bundle that it runs, for those that run one; `checkpoint` the diffusers
+    folder of those that paint from one. `same_picture` is False where it cannot be given the noise and the
+    tokens of the others. `gpu` says whether it paints on one. `build` makes its engines for such works, in a
+    process of its own, before anything is measured. `versions` are those of its libraries where it runs in
+    another interpreter.
     """
 
     name: str
@@ -67,6 +67,10 @@ class Contestant:
     backend: str = ""
     bundle: str = ""
     same_picture: bool = True
+    gpu: bool = False
+    build: Callable[[Sequence[Work]], object] | None = None
+    checkpoint: Path | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

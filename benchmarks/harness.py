@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -13,14 +14,14 @@ from allaprima.benchmarks.captions import Caption
 from allaprima.benchmarks.contestants import Contestant
 from allaprima.benchmarks.ours import ON_CPU
 from allaprima.benchmarks.plan import Plan
-from allaprima.benchmarks.process import in_new_process
+from allaprima.benchmarks.process import in_new_process, reason_of
 from allaprima.benchmarks.quality import compare_pictures
 from allaprima.benchmarks.rates import measure_rates
 from allaprima.benchmarks.result import Result, about, turn_to_json
 from allaprima.benchmarks.roofline import count_bundle
-from allaprima.benchmarks.scenarios import ScenarioRun, Traffic
+from allaprima.benchmarks.scenarios import SCENARIOS, ScenarioRun, Traffic
 from allaprima.benchmarks.scores import paint_all, score_captions
-from allaprima.benchmarks.turns import listen, run_turn
+from allaprima.benchmarks.turns import listen, prepare, run_turn
 
 COLD_STEPS = 4
 """Of the first picture of a process."""
@@ -46,6 +47,7 @@ class Harness:
     """Measures into a result, and hands it to `keep` after every measurement.
 
     A contestant that fails is listed in the result's "absent" with the reason, and not asked again.
+    `reference` paints one picture that the others' are compared with, which is not measured.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class Harness:
         *,
         keep: Callable[[], object],
         tell: Tell = lambda task, done, total, note: None,
+        reference: Contestant | None = None,
     ) -> None:
         self._result, self._contestants, self._plan = result, contestants, plan
-        self._keep, self._tell = keep, tell
+        self._keep, self._tell, self._reference = keep, tell, reference
         result["contestants"] = {each.name: about(each) for each in contestants}
 
     def run(self, measured: Measured) -> None:
@@ -66,10 +69,11 @@ class Harness:
         with tempfile.TemporaryDirectory(prefix="allaprima-bench-") as name:
             folder = Path(name)
             if measured.latency:
-                self._rounds(folder, roofline=measured.roofline)
-                self._result["quality"] = compare_pictures(
-                    self._contestants, self._plan.shown(), folder / "pictures"
-                )
+                try:
+                    self._rounds(folder, roofline=measured.roofline)
+                    self._paint_reference(folder)
+                finally:  # of an interrupted run too, as far as it came
+                    self._compare(folder)
                 if measured.cold:
                     self._cold(folder, measured.cold)
                 if measured.roofline:
@@ -89,6 +93,9 @@ class Harness:
 
     def _rounds(self, folder: Path, *, roofline: bool) -> None:
         total = self._plan.rounds * len(self._contestants)
+        for index, contestant in enumerate(self._contestants):
+            self._tell("preparation", index, len(self._contestants), contestant.name)
+            self._prepare(contestant, folder)
         for number in range(self._plan.rounds):
             if roofline:
                 self._rates(number)
@@ -98,6 +105,33 @@ class Harness:
                 done = number * len(self._contestants) + index
                 self._tell("turns", done, total, f"round {number + 1}, {contestant.name}")
                 self._turn(contestant, number, folder)
+
+    def _prepare(self, contestant: Contestant, folder: Path) -> None:
+        plan = self._plan
+        try:
+            prepare(contestant, plan.settings, plan.works, self._cache(contestant, folder), load=True)
+        except RuntimeError as error:
+            self._fail(contestant, str(error))
+            self._keep()
+
+    def _paint_reference(self, folder: Path) -> None:
+        """One picture by the reference, where there is anything to compare with it."""
+        if self._reference is None or not self._present():
+            return
+        self._tell("reference", 0, 1, self._reference.name)
+        pictures = folder / "pictures" / self._reference.name
+        pictures.mkdir(parents=True, exist_ok=True)
+        plan = replace(self._plan, works=(self._plan.shown(),), rounds=1, repeats=1)
+        try:
+            deque(run_turn(self._reference, plan, 0, cache=None, keep=pictures), maxlen=0)
+        except RuntimeError as error:
+            self._result["notes"].append(
+                f"no picture to compare with, {self._reference.name} failed: {error}"
+            )
+
+    def _compare(self, folder: Path) -> None:
+        everybody = [*self._contestants, *([self._reference] if self._reference else [])]
+        self._result["quality"] = compare_pictures(everybody, self._plan, folder / "pictures")
 
     def _turn(self, contestant: Contestant, number: int, folder: Path) -> None:
         pictures = folder / "pictures" / contestant.name
@@ -160,6 +194,8 @@ class Harness:
                 found = in_new_process(count_bundle, bundle, shapes, guidance)
             except ImportError as error:
                 found = [{"bundle": Path(bundle).name, "error": f"{error}: pip install 'allaprima[bench]'"}]
+            except Exception as error:  # no count is no reason to lose what was measured
+                found = [{"bundle": Path(bundle).name, "error": reason_of(error)}]
             self._result["counts"] += found
             self._keep()
 
@@ -184,13 +220,30 @@ class Harness:
         asked = replace(asked, loadgen=asked.loadgen and loadgen.available())
         for index, contestant in enumerate(self._present()):
             self._tell("scenarios", index, len(self._contestants), contestant.name)
-            job = ScenarioRun(contestant, self._plan, asked, self._cache(contestant, folder))
-            work = asdict(self._plan.works[-1])
+            self._ask(contestant, folder, asked)
+
+    def _ask(self, contestant: Contestant, folder: Path, asked: Traffic) -> None:
+        """All scenarios of one contestant; the server begins at the rate that it reached offline."""
+        most = None
+        for scenario in (name for name in SCENARIOS if name in asked.scenarios):
+            cache = self._cache(contestant, folder)
+            job = ScenarioRun(contestant, self._plan, scenario, asked, cache, most)
+            work = {**asdict(self._plan.works[-1]), "batch": job.works[-1].batch}
+            try:
+                prepare(contestant, self._plan.settings, job.works, cache)
+            except RuntimeError as error:  # it may well have engines for other batches
+                about = {"scenario": scenario, "generator": "own", "error": str(error)}
+                self._result["scenarios"].append({"contestant": contestant.name, **work, **about})
+                self._keep()
+                continue
             try:
                 with closing(listen(job)) as said:
                     for _, found in said:
                         self._result["scenarios"].append({"contestant": contestant.name, **work, **found})
                         self._keep()
+                        if (scenario, found["generator"]) == ("offline", "own"):
+                            most = found["throughput"]
             except RuntimeError as error:
                 self._fail(contestant, str(error))
                 self._keep()
+                return

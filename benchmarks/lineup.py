@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from allaprima.benchmarks.checkpoints import SHAPES
 from allaprima.benchmarks.contestants import Contestant, Field, check_peer, find_peers
 from allaprima.benchmarks.ours import ON_CPU, contestant, ways
 from allaprima.benchmarks.plan import Plan, Settings, Work, grid
-from allaprima.benchmarks.process import in_new_process
+from allaprima.benchmarks.process import in_new_process, reason_of
+from allaprima.benchmarks.quality import choose_reference
 from allaprima.bundle import (
     AllaprimaError,
     BackendError,
@@ -50,12 +53,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Lineup:
-    """What is to be measured; `absent` has the reason by name."""
+    """What is to be measured; `absent` has the reason by name.
+
+    `reference` paints what pictures are compared with, where no contestant computes in fp32. `notes` say what
+    seems wrong. `sdxl` says whether the model is Stable Diffusion XL.
+    """
 
     name: str
     plan: Plan
     contestants: tuple[Contestant, ...]
     absent: dict[str, str]
+    reference: Contestant | None = None
+    notes: tuple[str, ...] = ()
+    sdxl: bool = False
 
 
 def line_up(asked: Asked, *, table: bool) -> Lineup:
@@ -75,12 +85,53 @@ def line_up(asked: Asked, *, table: bool) -> Lineup:
     for name in asked.peers:
         try:
             contestants += _in_precision(name, field)
-        except AllaprimaError as error:
-            absent[name] = str(error)
+        except Exception as error:  # a peer that cannot be made ready is a result, not the end
+            absent[name] = reason_of(error)
     names = [each.name for each in contestants]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise RequestError(f"{', '.join(double)}: two contestants of one name, leave one out")
-    return Lineup(first.manifest.name, plan, tuple(contestants), absent)
+    doubts = _doubts(first, checkpoint)
+    reference = None if doubts else _reference(contestants, field)
+    manifest = first.manifest
+    sdxl = manifest.family == "stable-diffusion" and "text_encoder_2" in manifest.components
+    return Lineup(manifest.name, plan, tuple(contestants), absent, reference, doubts, sdxl)
+
+
+def _reference(contestants: Sequence[Contestant], field: Field) -> Contestant | None:
+    """diffusers in fp32, if it is here and nobody else can be compared with."""
+    from allaprima.benchmarks import peer_diffusers
+
+    if choose_reference(contestants) is not None:
+        return None
+    with suppress(AllaprimaError):
+        return peer_diffusers.reference(field)
+    return None
+
+
+def _doubts(bundle: Bundle, checkpoint: Path | None) -> tuple[str, ...]:
+    """Why a checkpoint cannot be the one that the bundle was made of, by the sizes of its UNet."""
+    path = (checkpoint or Path()) / "unet" / "config.json"
+    if checkpoint is None or bundle.manifest.family != "stable-diffusion" or not path.is_file():
+        return ()
+    try:
+        unet = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return (f"{path} cannot be read: {error}",)
+    latents, texts = bundle.manifest.latent.channels, _text_width(bundle)
+    found = []
+    if latents not in (unet.get("in_channels", 4), unet.get("out_channels", 4)):  # inpainting reads more
+        found.append(f"{unet.get('in_channels', 4)} channels of latents, the bundle {latents}")
+    if texts is not None and texts != (width := unet.get("cross_attention_dim", 1280)):
+        found.append(f"text embeddings of width {width}, the bundle of {texts}")
+    begin = f"{checkpoint} is not the checkpoint of {bundle.manifest.name}: it has"
+    end = "other libraries paint with another model, so give --checkpoint DIR of the bundle's"
+    return tuple(f"{begin} {each}; {end}" for each in found)
+
+
+def _text_width(bundle: Bundle) -> int | None:
+    specs = {spec.name: spec for spec in bundle.component("denoiser").inputs}
+    width = specs["encoder_hidden_states"].shape[-1] if "encoder_hidden_states" in specs else None
+    return width if isinstance(width, int) else None
 
 
 def _in_precision(name: str, field: Field) -> list[Contestant]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+Waiting = queue.SimpleQueue[list[int] | None]
+"""What was asked for at once, so that no batch begins with a part of it; None is the end."""
 NAMES = {"single-stream": "SingleStream", "offline": "Offline", "server": "Server"}
 
 
@@ -26,11 +28,10 @@ def repeat(paint: Callable[[int], None], own: Mapping[str, Any], batch: int, see
     """
     import mlperf_loadgen as lg
 
-    waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    waiting: Waiting = queue.SimpleQueue()
 
     def issue(samples: list[Any]) -> None:
-        for sample in samples:
-            waiting.put(sample.id)
+        waiting.put([sample.id for sample in samples])
 
     sut = lg.ConstructSUT(issue, lambda: None)
     samples = lg.ConstructQSL(own["queries"], own["queries"], lambda indices: None, lambda indices: None)
@@ -58,20 +59,19 @@ def repeat(paint: Callable[[int], None], own: Mapping[str, Any], batch: int, see
     }
 
 
-def _paint_all(
-    paint: Callable[[int], None], waiting: queue.SimpleQueue[int | None], batch: int, lg: Any
-) -> None:
+def _paint_all(paint: Callable[[int], None], waiting: Waiting, batch: int, lg: Any) -> None:
     """Paint what was asked for, whatever waits together up to `batch`, until there is no more."""
-    while (first := waiting.get()) is not None:
-        found = [first]
-        while len(found) < batch and not waiting.empty():
+    found: list[int] = []
+    ended = False
+    while found or not ended:
+        while not ended and (not found or (len(found) < batch and not waiting.empty())):
             following = waiting.get()
-            if following is None:
-                waiting.put(None)
-                break
-            found.append(following)
-        paint(len(found))
-        lg.QuerySamplesComplete([lg.QuerySampleResponse(each, 0, 0) for each in found])
+            ended = following is None
+            found += following or []
+        now, found = found[:batch], found[batch:]
+        if now:
+            paint(len(now))
+            lg.QuerySamplesComplete([lg.QuerySampleResponse(each, 0, 0) for each in now])
 
 
 def _settings(lg: Any, own: Mapping[str, Any], seed: int) -> Any:

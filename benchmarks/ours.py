@@ -60,17 +60,25 @@ def ways(bundle: str, backends: Sequence[str], precisions: Sequence[str]) -> lis
 
 
 def contestant(bundle: str, way: Way, label: str = "", *, fixed: bool = False) -> Contestant:
-    """Our runtime on a backend; `label` tells it apart from another bundle's, `fixed` builds for shapes."""
+    """Our runtime on a backend; `label` tells it apart from another bundle's, `fixed` builds for shapes.
+
+    What runs only engines is built for just the shapes that it is to paint, too.
+    """
+    from allaprima.runtime.flavours import FLAVOURS
+
+    exact = fixed or way.backend in FLAVOURS
     name = "-".join(
         part for part in ("allaprima", label, way.backend, way.precision, "fixed" * fixed) if part
     )
     return Contestant(
         name,
         way.precision,
-        functools.partial(open_pipeline, bundle, way.backend, way.precision, fixed),
+        functools.partial(open_pipeline, bundle, way.backend, way.precision),
         functools.partial(command, bundle, way.backend, way.precision),
         way.backend,
         bundle,
+        gpu=way.backend not in ON_CPU,
+        build=functools.partial(build, bundle, way.backend, way.precision) if exact else None,
     )
 
 
@@ -119,28 +127,15 @@ class PipelinePainter:
         """See Painter: it paints in this process."""
         return None
 
-    def device_memory(self) -> int | None:
-        """See Painter: all that is used on the device, by others too."""
-        if not self._clock.on_device:
-            return None
-        from allaprima.runtime.cuda import default_gpu
-
-        free, total = default_gpu().free_memory()
-        return total - free
-
     def close(self) -> None:
         """See Painter."""
         self._pipeline.close()
 
 
 def open_pipeline(
-    bundle: str, backend: str, precision: str, fixed: bool, settings: Settings, works: Sequence[Work]
+    bundle: str, backend: str, precision: str, settings: Settings, works: Sequence[Work]
 ) -> PipelinePainter:
-    """Open as `allaprima generate` does; what runs only engines gets those of exactly these shapes first."""
-    from allaprima.runtime.flavours import FLAVOURS
-
-    if fixed or backend in FLAVOURS:
-        build(bundle, backend, precision, works)
+    """Open as `allaprima generate` does, with the engines that the cache has."""
     return PipelinePainter(bundle, backend, precision, settings)
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from allaprima.benchmarks import sections
 from allaprima.benchmarks.arithmetic import Interval
 from allaprima.benchmarks.plan import side_by_side
 from allaprima.benchmarks.plots import embed, plot_all
 from allaprima.benchmarks.report import describe_machine, table
-from allaprima.benchmarks.result import Result, read_work
-from allaprima.benchmarks.roofline import points
-from allaprima.benchmarks.summary import Row, against, costs, fits, rows
+from allaprima.benchmarks.result import Result
+from allaprima.benchmarks.sections import folded
+from allaprima.benchmarks.summary import Row, against, fits, rows
 from allaprima.bundle import RequestError
-from allaprima.cli.output import show_bytes
 
 FILE = "report.md"
 
@@ -31,16 +29,17 @@ def write_report(result: Result, folder: Path) -> tuple[Path, str]:
         f"# Benchmark of {result['model']}",
         "",
         *_incomplete(result),
+        *sections.notes(result),
         *_results(result),
         *_plots(drawn),
         *_stages(rows(result)),
         *_fits(result),
-        *_costs(result),
-        *_cold(result),
-        *_roofline(result),
-        *_scenarios(result),
-        *_quality(result),
-        *_absent(result),
+        *sections.costs(result),
+        *sections.cold(result),
+        *sections.roofline(result),
+        *sections.scenarios(result),
+        *sections.quality(result),
+        *sections.absent(result),
         *_how(result),
     ]
     if missing:
@@ -119,24 +118,28 @@ def _results(result: Result) -> list[str]:
     shown = [row for row in found if row.work.shape == shape]
     lines = [*table(HEAD, result_rows(shown)), "", *_ratios(result, found)]
     if len(shown) < len(found):
-        lines += _folded("All configurations", table(HEAD, result_rows(found)))
+        lines += folded("All configurations", table(HEAD, result_rows(found)))
     return lines
 
 
-def _folded(title: str, lines: Sequence[str]) -> list[str]:
-    return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>", ""]
-
-
 def _ratios(result: Result, found: Sequence[Row]) -> list[str]:
-    """Every contestant against the first, at the number of steps that is shown side by side."""
-    names = [name for name, each in result["contestants"].items() if each["turns"]]
-    if len(names) < 2:
+    """Every contestant against the first, and peers against all of ours, at the steps shown side by side."""
+    named = {name: each for name, each in result["contestants"].items() if each["turns"]}
+    if len(named) < 2:
         return []
-    shown = side_by_side(row.work for row in found).steps
-    ratios = against([row for row in found if row.work.steps == shown], names[0])
-    cells = [(name, str(work), f"{each.ratio:.2f} ({_ends(each)})") for (name, work), each in ratios.items()]
-    head = ("contestant", "configuration", f"latency over {names[0]} (95 % interval)")
-    return [*table(head, cells), ""] if cells else []
+    steps = side_by_side(row.work for row in found).steps
+    shown = [row for row in found if row.work.steps == steps]
+    peers = {name for name, each in named.items() if each.get("bundle") is None}
+    first, *others = named
+    lines: list[str] = []
+    for base, compared in ((first, set(others)), *((name, peers) for name in others if name not in peers)):
+        ratios = against([row for row in shown if row.contestant in {base, *compared}], base)
+        cells = [
+            (name, str(work), f"{each.ratio:.2f} ({_ends(each)})") for (name, work), each in ratios.items()
+        ]
+        head = ("contestant", "configuration", f"latency over {base} (95 % interval)")
+        lines += [*table(head, cells), ""] if cells else []
+    return lines
 
 
 def _ends(interval: Interval) -> str:
@@ -163,7 +166,7 @@ def _stages(found: Sequence[Row]) -> list[str]:
         "Medians for the whole batch; PNG for one picture, and not in the latency. *Not engine* "
         "is the share of the latency that is neither a graph's nor a copy's."
     )
-    return _folded("Stages of all configurations", [*table(head, cells), "", note])
+    return folded("Stages of all configurations", [*table(head, cells), "", note])
 
 
 def _plots(drawn: Iterable[tuple[str, str]]) -> list[str]:
@@ -188,140 +191,6 @@ def _fits(result: Result) -> list[str]:
     return ["## Latency = fixed + per step × steps", "", *table(head, cells), ""] if cells else []
 
 
-def _costs(result: Result) -> list[str]:
-    cells = [
-        (each.contestant, _seconds(each.load), _bytes(each.memory), _bytes(each.device_memory))
-        for each in costs(result)
-    ]
-    head = ("contestant", "load, s", "peak memory", "device memory")
-    return ["## Loading and memory", "", *table(head, cells), ""] if cells else []
-
-
-def _cold(result: Result) -> list[str]:
-    cells = []
-    for each in result["cold"]:
-        seconds, memory = each.get("seconds"), each.get("memory")
-        if seconds:
-            shown = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} – {max(seconds):.2f})"
-            cells.append(
-                (each["contestant"], each["kind"] or "–", shown, _bytes(round(statistics.median(memory))))
-            )
-        else:
-            cells.append((each["contestant"], each["kind"] or "–", each.get("error", "not run"), ""))
-    if not cells:
-        return []
-    title = f"## From the start of a process to its first picture, {result['cold'][0]['steps']} steps"
-    head = ("contestant", "start", "s (smallest – largest)", "peak memory")
-    return [title, "", *table(head, cells), ""]
-
-
-def _roofline(result: Result) -> list[str]:
-    cells = [
-        (
-            point.contestant,
-            point.component,
-            f"batch {point.work.batch}, {point.work.width}x{point.work.height}",
-            f"{point.operations / 1e9:.3g}",
-            f"{point.intensity:.3g}",
-            f"{point.rate / 1e9:.3g}",
-            f"{100 * point.share:.0f} %",
-        )
-        for point in points(result)
-    ]
-    if not cells:
-        return []
-    head = ("contestant", "component", "shape", "10⁹ operations", "per byte", "10⁹ a second", "of the limit")
-    how = sorted({each["how"] for each in result["rates"] if "error" not in each})
-    refused = {
-        f"{each['backend']} {each['precision']}: {each['error']}"
-        for each in result["rates"]
-        if "error" in each
-    }
-    return [
-        *("## Distance from the machine's limit", "", *table(head, cells), ""),
-        "The limit is min(rate of products, operations per byte × bandwidth), both measured in this run: "
-        f"{'; '.join(how)}. Counted are matrix products, convolutions and attention.",
-        *[f"Not measured: {each}." for each in sorted(refused)],
-        "",
-    ]
-
-
-def scenario_rows(result: Result) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows of the table of scenarios: for the terminal and for the report."""
-    cells: list[tuple[str, ...]] = []
-    for each in result["scenarios"]:
-        shape = f"{each['steps']} steps, {each['width']}x{each['height']}, up to {each['batch']} at once"
-        begin = each["contestant"], each["scenario"], each["generator"], shape
-        if "error" in each:
-            cells.append((*begin, each["error"], *[""] * 5))
-            continue
-        asked = "–" if each.get("rate") is None else f"{each['rate']:.3g}"
-        numbers = [f"{each[name]:.3g}" for name in ("throughput", "mean", "p50", "p90", "p99")]
-        cells.append((*begin, asked, *numbers))
-    columns = ("asked/s", "done/s", "mean s", "p50 s", "p90 s", "p99 s")
-    return ("contestant", "scenario", "generator", "work", *columns), cells
-
-
-def _scenarios(result: Result) -> list[str]:
-    if not result["scenarios"]:
-        return []
-    bounds = sorted({each["bound"] for each in result["scenarios"] if each.get("bound")})
-    note = [
-        f"The server's rate is the largest found of which 99 % of the queries were done within {bound:g} s."
-        for bound in bounds
-    ]
-    return ["## Scenarios", "", *table(*scenario_rows(result)), "", *note, *_agreement(result), ""]
-
-
-def _agreement(result: Result) -> list[str]:
-    """LoadGen's figures over our own generator's, where both measured."""
-    done = [each for each in result["scenarios"] if "error" not in each]
-    own = {(each["contestant"], each["scenario"]): each for each in done if each["generator"] == "own"}
-    cells = []
-    for each in done:
-        key = each["contestant"], each["scenario"]
-        if each["generator"] != "own" and key in own:
-            ratios = [each[name] / own[key][name] for name in ("throughput", "mean", "p50", "p99")]
-            cells.append((*key, *(f"{ratio:.2f}" for ratio in ratios)))
-    head = ("contestant", "scenario", "done/s", "mean", "p50", "p99")
-    return ["", "LoadGen over our own generator:", "", *table(head, cells)] if cells else []
-
-
-def _quality(result: Result) -> list[str]:
-    from allaprima.benchmarks.scores import HEAD as HEAD_OF_SCORES
-    from allaprima.benchmarks.scores import rows as rows_of_scores
-
-    found = result["quality"]
-    lines: list[str] = []
-    if "psnr" in found:
-        similar = found.get("ssim", {})
-        cells = [
-            (name, f"{value:.1f} dB", f"{similar[name]:.4f}" if name in similar else "–")
-            for name, value in found["psnr"].items()
-        ]
-        head = ("contestant", f"PSNR to {found['reference']}", "SSIM")
-        lines += [f"## Quality, {read_work(found)}", "", *table(head, cells), ""]
-    if found.get("other"):
-        lines += [
-            f"Of another picture, for want of the same noise or tokens: {', '.join(found['other'])}.",
-            "",
-        ]
-    if "captions" in found:
-        of = found["captions"]
-        lines += [
-            f"## Quality, {of['count']} captions, {of['steps']} steps",
-            "",
-            *table(HEAD_OF_SCORES, rows_of_scores(of["scores"])),
-            "",
-        ]
-    return lines
-
-
-def _absent(result: Result) -> list[str]:
-    lines = [f"- {name}: {reason}" for name, reason in result["absent"].items()]
-    return ["## Not measured", "", *lines, ""] if lines else []
-
-
 def _how(result: Result) -> list[str]:
     plan = result["plan"]
     settings = plan["settings"]
@@ -334,14 +203,11 @@ def _how(result: Result) -> list[str]:
         f"seed {settings['seed']}, “{settings['prompt']}”.",
         "",
         describe_machine(result),
+        *(
+            f"{name} ran beside {', '.join(f'{library} {version}' for library, version in versions.items())}."
+            for name, each in result["contestants"].items()
+            if (versions := each.get("versions"))
+        ),
         "",
         f"    {result['command']}",
     ]
-
-
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _bytes(value: Any) -> str:
-    return "–" if value is None else show_bytes(int(value))

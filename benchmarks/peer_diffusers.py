@@ -6,43 +6,58 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from allaprima.benchmarks.contestants import Contestant, Field, Painted
+from allaprima.benchmarks.peer_files import require_checkpoint, require_packages
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import RequestError
 
 FIRST = """
-import sys, torch, diffusers
-checkpoint, dtype, device, prompt, steps, width, height, guidance, threads, picture = sys.argv[1:]
-torch.set_num_threads(int(threads))
+import json, sys, torch, diffusers
+asked = json.loads(sys.argv[1])
+torch.set_num_threads(asked["threads"])
 pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
-    checkpoint, dtype=getattr(torch, dtype), local_files_only=True)
-pipeline.safety_checker = None
-pipeline.to(device)
-generator = torch.Generator("cpu").manual_seed(7)
-result = pipeline(prompt, num_inference_steps=int(steps), width=int(width), height=int(height),
-                  guidance_scale=float(guidance), generator=generator)
-result.images[0].save(picture)
+    asked["checkpoint"], dtype=getattr(torch, asked["dtype"]), local_files_only=True, **asked["loading"])
+if asked["scheduler"]:
+    kind = getattr(diffusers, asked["scheduler"])
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **asked["overrides"])
+pipeline.to(asked["device"])
+generator = torch.Generator("cpu").manual_seed(asked["seed"])
+pipeline(asked["prompt"], generator=generator, **asked["request"]).images[0].save(asked["picture"])
 """
-"""A small program that paints one picture."""
+"""A small program that paints one picture, as users of diffusers write it."""
+NAME = "diffusers"
+MODULES = ("accelerate", "diffusers", "torch", "transformers")
+REMEDY = "pip install 'allaprima[bench,export]'"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def eager(field: Field) -> list[Contestant]:
     """On the CPU in fp32 and bf16, on a GPU in fp16."""
-    checkpoint = _checkpoint(field)
-    return [
-        Contestant(
-            f"diffusers-{precision}",
-            precision,
-            functools.partial(DiffusersPainter, checkpoint, precision, field.gpu, False),
-            functools.partial(_command, checkpoint, precision, field.gpu),
-        )
-        for precision in _precisions(field)
-    ]
+    return [_eager(_checkpoint(field), precision, field.gpu) for precision in _precisions(field)]
+
+
+def reference(field: Field) -> Contestant:
+    """In fp32 wherever the others are: what pictures are compared with if nobody else computes in it.
+
+    Raises BackendError or RequestError where there is none.
+    """
+    require_packages(NAME, MODULES, REMEDY)
+    return _eager(require_checkpoint(NAME, field), "fp32", field.gpu)
+
+
+def _eager(checkpoint: Path, precision: str, gpu: bool) -> Contestant:
+    return Contestant(
+        f"diffusers-{precision}",
+        precision,
+        functools.partial(DiffusersPainter, checkpoint, precision, gpu, False),
+        functools.partial(_command, checkpoint, precision, gpu),
+        gpu=gpu,
+        checkpoint=checkpoint,
+    )
 
 
 def compiled(field: Field) -> list[Contestant]:
@@ -53,6 +68,8 @@ def compiled(field: Field) -> list[Contestant]:
             f"diffusers-compile-{precision}",
             precision,
             functools.partial(DiffusersPainter, checkpoint, precision, field.gpu, True),
+            gpu=field.gpu,
+            checkpoint=checkpoint,
         )
         for precision in _precisions(field)
     ]
@@ -67,6 +84,7 @@ def _checkpoint(field: Field) -> Path:
         raise RequestError("diffusers reads a checkpoint: give --checkpoint DIR, the one of the bundle")
     if not (field.checkpoint / "model_index.json").is_file():
         raise RequestError(f"{field.checkpoint} is no diffusers folder: it has no model_index.json")
+    require_packages(NAME, MODULES, REMEDY)
     return field.checkpoint
 
 
@@ -85,21 +103,20 @@ class DiffusersPainter:
         import torch
 
         torch.set_num_threads(settings.threads)
-        self.settings, self._gpu = settings, gpu
-        self._dtype = getattr(torch, DTYPES[precision])
-        self._pipeline = _open(checkpoint, self._dtype, settings.sampler)
+        self.settings = settings
+        self._pipeline = _open(checkpoint, getattr(torch, DTYPES[precision]), settings.sampler)
         if gpu:
+            if precision == "fp32":  # all of it: torch would convolve in TF32
+                torch.backends.cudnn.allow_tf32 = False
             self._pipeline.to("cuda")
             for part in (self._pipeline.unet, self._pipeline.vae):
                 part.to(memory_format=torch.channels_last)
         if compiled:
-            mode = "max-autotune-no-cudagraphs" if gpu else "default"
             # On the CPU weights are packed for its matrix units only if they are constants.
             torch._inductor.config.freezing = not gpu
             # For each shape its own code: from the second on torch would make one for any, which is slower.
             torch._dynamo.config.recompile_limit = max(8, 2 * len({work.shape for work in works}))
-            self._pipeline.unet = torch.compile(self._pipeline.unet, mode=mode, dynamic=False)
-            self._pipeline.vae.decode = torch.compile(self._pipeline.vae.decode, dynamic=False)
+            compile_on_gpu(self._pipeline) if gpu else compile_on_cpu(self._pipeline)
 
     def paint(self, work: Work) -> Painted:
         """See Painter."""
@@ -109,15 +126,52 @@ class DiffusersPainter:
         """See Painter: it paints in this process."""
         return None
 
-    def device_memory(self) -> int | None:
-        """See Painter."""
-        import torch
-
-        return int(torch.cuda.max_memory_reserved()) if self._gpu else None
-
     def close(self) -> None:
         """See Painter."""
         del self._pipeline
+
+
+def compile_on_cpu(pipeline: Any) -> None:
+    """The UNet and the image decoder of a pipeline, for each shape by itself."""
+    import torch
+
+    pipeline.unet = torch.compile(pipeline.unet, dynamic=False)
+    pipeline.vae.decode = torch.compile(pipeline.vae.decode, dynamic=False)
+
+
+def compile_on_gpu(pipeline: Any) -> None:
+    """As `compile_on_cpu`, each a CUDA graph of the fastest kernels that torch finds.
+
+    A decoder that the pipeline takes to fp32 and back for every picture is only compiled: its weights are in
+    another place each time, so that its graph would have to be recorded anew.
+    """
+    import torch
+
+    vae = pipeline.vae
+    moved = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    pipeline.unet.forward = _graphed(pipeline.unet.forward)
+    if moved:
+        vae.decode = torch.compile(vae.decode, mode="max-autotune-no-cudagraphs", dynamic=False)
+    else:
+        vae.decode = _graphed(vae.decode)
+
+
+def _graphed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that gives a tuple of one tensor, as pipelines call it, from a CUDA graph of torch's.
+
+    A replay writes over what the last one gave, and some samplers keep that: so it is copied out, and torch
+    is told that nobody needs the graph's own any more.
+    """
+    import torch
+
+    compiled: Any = torch.compile(function, mode="max-autotune", dynamic=False)
+
+    def run(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        first, *_ = compiled(*arguments, **options)
+        return (first.clone(),)
+
+    return run
 
 
 def paint(pipeline: Any, settings: Settings, work: Work) -> Painted:
@@ -187,9 +241,25 @@ def _unchecked(checkpoint: Path) -> dict[str, Any]:
 def _command(
     checkpoint: Path, precision: str, gpu: bool, settings: Settings, work: Work, picture: Path
 ) -> list[str]:
-    numbers = (work.steps, work.width, work.height, settings.guidance_scale, settings.threads)
-    device = "cuda" if gpu else "cpu"
-    return [
-        *(sys.executable, "-c", FIRST, os.fspath(checkpoint), DTYPES[precision], device, settings.prompt),
-        *(*map(str, numbers), os.fspath(picture)),
-    ]
+    from allaprima.runtime.samplers.catalog import find
+
+    sampler = None if settings.sampler is None else find(settings.sampler)
+    asked = {
+        "checkpoint": os.fspath(checkpoint),
+        "dtype": DTYPES[precision],
+        "device": "cuda" if gpu else "cpu",
+        "threads": settings.threads,
+        "loading": _unchecked(checkpoint),
+        "scheduler": None if sampler is None else sampler.scheduler,
+        "overrides": {} if sampler is None else dict(sampler.overrides),
+        "seed": settings.seed,
+        "prompt": settings.prompt,
+        "request": {
+            "num_inference_steps": work.steps,
+            "width": work.width,
+            "height": work.height,
+            "guidance_scale": settings.guidance_scale,
+        },
+        "picture": os.fspath(picture),
+    }
+    return [sys.executable, "-c", FIRST, json.dumps(asked)]

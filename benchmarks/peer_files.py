@@ -8,7 +8,8 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from allaprima.benchmarks.bundles import Model
@@ -25,17 +26,22 @@ CODE = ("compatible.py", "openvino_models.py", "peer_program.py", "plain_graphs.
 
 
 class Shapes:
-    """What shape a contestant is compiled for: one of the plan's; any, once another was asked for."""
+    """What shape a contestant is compiled for: one of the plan's while each has its time.
+
+    Any, once another was asked for, or one again that it had left: they then come in any order, and to
+    compile for each of them would be most of what it does.
+    """
 
     def __init__(self, works: Sequence[Work]) -> None:
-        self._planned = {work.shape for work in works}
         self.fixed: tuple[int, int, int] | None = works[0].shape
+        self._coming = {work.shape for work in works} - {self.fixed}
 
     def changed(self, work: Work) -> bool:
         """Whether it must be compiled anew for this work; `fixed` then says for what, None for any shape."""
         if self.fixed is None or work.shape == self.fixed:
             return False
-        self.fixed = work.shape if work.shape in self._planned else None
+        self.fixed = work.shape if work.shape in self._coming else None
+        self._coming.discard(work.shape)
         return True
 
 
@@ -62,15 +68,24 @@ def require_checkpoint(peer: str, field: Field) -> Path:
     return field.checkpoint
 
 
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of packages in this interpreter, as far as they are installed."""
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def prepared(
-    kind: str, checkpoint: Path, packages: Sequence[str], make: Callable[[Path, Path], None]
+    kind: str, checkpoint: Path, versions: Mapping[str, str], make: Callable[[Path, Path], None]
 ) -> Path:
     """The folder that `make(checkpoint, folder)` fills, in a process of its own if it is not there yet.
 
-    Another checkpoint, or another version of `packages`, is another folder. Raises what `make` raises.
+    Another checkpoint, or other `versions` of what makes it, is another folder. Raises what `make` raises.
     """
     root = cache_folder() / "peers"
-    folder = root / f"{kind}-{Model(checkpoint.resolve(), root).name}-{_key(checkpoint, packages)}"
+    folder = root / f"{kind}-{Model(checkpoint.resolve(), root).name}-{_key(checkpoint, versions)}"
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
@@ -83,9 +98,14 @@ def prepared(
     return folder
 
 
-def _key(checkpoint: Path, packages: Sequence[str]) -> str:
-    files = sorted(path for path in checkpoint.resolve().rglob("*") if path.is_file())
+def stamp_of(folder: Path) -> str:
+    """What changes with any file of a folder: a digest of their places, sizes and times."""
+    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    versions = [(name, importlib.metadata.version(name)) for name in packages]
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
+
+
+def _key(checkpoint: Path, versions: Mapping[str, str]) -> str:
     code = b"".join((Path(__file__).parent / name).read_bytes() for name in CODE)
-    return hashlib.sha256(repr((stamps, versions)).encode() + code).hexdigest()[:12]
+    about = repr((stamp_of(checkpoint), sorted(versions.items())))
+    return hashlib.sha256(about.encode() + code).hexdigest()[:12]

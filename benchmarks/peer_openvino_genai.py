@@ -12,11 +12,13 @@ from PIL import Image
 
 from allaprima.benchmarks.contestants import Contestant, Field, Painted
 from allaprima.benchmarks.openvino_models import PACKAGES, write_openvino
-from allaprima.benchmarks.peer_files import Shapes, prepared, require_checkpoint, require_packages
+from allaprima.benchmarks.peer_files import Shapes, installed, prepared, require_checkpoint, require_packages
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError, RequestError
 
 NAME = "openvino-genai"
+MODULES = ("openvino", "openvino_genai", "openvino_tokenizers", "torch", "diffusers", "transformers")
+"""Some run the model, all are needed to make it of a checkpoint."""
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Its names of precisions."""
 SCHEDULERS = {
@@ -34,10 +36,15 @@ def contestants(field: Field) -> list[Contestant]:
     if field.gpu:
         raise BackendError(f"{NAME} runs on no NVIDIA GPU: compare on the CPU")
     checkpoint = require_checkpoint(NAME, field)
-    require_packages(NAME, ("openvino_genai", "openvino_tokenizers"), "pip install 'allaprima[bench]'")
-    folder = prepared(NAME, checkpoint, PACKAGES, write_openvino)
+    require_packages(NAME, MODULES, "pip install 'allaprima[bench,export,openvino]'")
+    folder = prepared(NAME, checkpoint, installed(PACKAGES), write_openvino)
     return [
-        Contestant(f"{NAME}-{precision}", precision, functools.partial(GenaiPainter, folder, precision))
+        Contestant(
+            f"{NAME}-{precision}",
+            precision,
+            functools.partial(GenaiPainter, folder, precision),
+            checkpoint=checkpoint,
+        )
         for precision in precisions()
     ]
 
@@ -128,10 +135,6 @@ class GenaiPainter:
 
     def host_memory(self) -> int | None:
         """See Painter: it paints in this process."""
-        return None
-
-    def device_memory(self) -> int | None:
-        """See Painter: it uses no device."""
         return None
 
     def close(self) -> None:

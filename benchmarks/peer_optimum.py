@@ -10,9 +10,15 @@ from pathlib import Path
 from allaprima.benchmarks.compatible import write_compatible
 from allaprima.benchmarks.contestants import Contestant, Field
 from allaprima.benchmarks.peer_files import prepared, require_checkpoint
-from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, variable
+from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, library_versions, variable
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError
+
+PACKAGES = (
+    *("optimum", "optimum-onnx", "optimum-intel", "onnxruntime", "openvino", "diffusers", "numpy", "torch"),
+    "transformers",
+)
+"""What its files and its pictures depend on."""
 
 
 def onnx(field: Field) -> list[Contestant]:
@@ -42,9 +48,16 @@ def _contestants(
         f"pip install {package} diffusers, and name its interpreter by --peer-python {name}=PYTHON or the "
         f"variable {variable(name)}",
     )
-    folder = prepared(name, checkpoint, (), functools.partial(_export, python, name))
+    versions = library_versions(name, python, PACKAGES)
+    folder = prepared(name, checkpoint, versions, functools.partial(_export, python, name))
     return [
-        Contestant(f"{name}-{each}", each, functools.partial(_open, python, name, folder, each))
+        Contestant(
+            f"{name}-{each}",
+            each,
+            functools.partial(_open, python, name, folder, each),
+            checkpoint=checkpoint,
+            versions=versions,
+        )
         for each in precisions
     ]
 

@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from allaprima.benchmarks.contestants import Contestant, Field, Painted
-from allaprima.benchmarks.peer_files import Shapes, prepared, require_checkpoint, require_packages
+from allaprima.benchmarks.peer_files import Shapes, installed, prepared, require_checkpoint, require_packages
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError
 
 NAME = "ort"
 PACKAGES = ("diffusers", "onnx", "onnxscript", "torch", "transformers")
 """What the graphs depend on, beside the checkpoint."""
-REMEDY = "pip install 'allaprima[export,ort]'"
+REMEDY = "pip install 'allaprima[bench,export,ort]'"
 
 
 def contestants(field: Field) -> list[Contestant]:
     """On the CPU in fp32, since in fp16 it is no faster there; on a GPU in fp16."""
     checkpoint = require_checkpoint(NAME, field)
-    require_packages(NAME, ("onnxruntime", "torch", "diffusers"), REMEDY)
+    require_packages(NAME, ("onnxruntime", *PACKAGES), REMEDY)
     precision = "fp16" if field.gpu else "fp32"
     if field.gpu:
         _require_cuda()
     write = functools.partial(write_graphs, precision=precision)
-    folder = prepared(f"{NAME}-{precision}", checkpoint, PACKAGES, write)
+    folder = prepared(f"{NAME}-{precision}", checkpoint, installed(PACKAGES), write)
     painter = functools.partial(OrtPainter, checkpoint, folder, field.gpu)
-    return [Contestant(f"{NAME}-{precision}", precision, painter)]
+    return [Contestant(f"{NAME}-{precision}", precision, painter, gpu=field.gpu, checkpoint=checkpoint)]
 
 
 def _require_cuda() -> None:
@@ -95,15 +95,6 @@ class OrtPainter:
     def host_memory(self) -> int | None:
         """See Painter: it paints in this process."""
         return None
-
-    def device_memory(self) -> int | None:
-        """See Painter: all that is used on the device, by others too."""
-        if not self._gpu:
-            return None
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        return int(total - free)
 
     def close(self) -> None:
         """See Painter."""

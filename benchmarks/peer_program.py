@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -182,15 +184,35 @@ def _say(answers: BinaryIO, message: Options, pixels: bytes = b"") -> None:
     answers.flush()
 
 
-def _answer(paint: Paint, line: str) -> tuple[Options, bytes]:
+def _answer(paint: Paint, line: bytes) -> tuple[Options, bytes]:
     pictures = np.ascontiguousarray(paint(json.loads(line)))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"shape": pictures.shape, "memory": memory}, pictures.tobytes()
 
 
+def _requests() -> Iterator[bytes]:
+    """The lines of the input as they come.
+
+    When it ends nobody is there any more: then the process ends too, in the middle of a picture, since who
+    asked for it was stopped.
+    """
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def listen() -> None:
+        # Unbuffered: an interpreter that ends cannot take a buffer from a thread that waits for more.
+        with open(0, "rb", buffering=0, closefd=False) as given:
+            for line in given:
+                lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return iter(lines.get, None)
+
+
 def main() -> None:
     """Export and end, or paint until the input ends."""
     kind, options = sys.argv[1], json.loads(sys.argv[2])
+    requests = _requests()
     with _answers() as answers:
         try:
             if "export" in options:
@@ -199,7 +221,7 @@ def main() -> None:
                 return
             paint = OPEN[kind](options)
             _say(answers, {"ready": True})
-            for line in sys.stdin:
+            for line in requests:
                 _say(answers, *_answer(paint, line))
         except Exception as error:  # whatever a library raises is the answer
             _say(answers, {"error": f"{type(error).__name__}: {error}"})

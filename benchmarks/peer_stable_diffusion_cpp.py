@@ -14,7 +14,7 @@ import numpy as np
 from allaprima.benchmarks.compatible import has_clip_tokens, write_compatible
 from allaprima.benchmarks.contestants import Contestant, Field
 from allaprima.benchmarks.peer_files import prepared, require_checkpoint
-from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, variable
+from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, library_versions, variable
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError, RequestError
 
@@ -46,11 +46,17 @@ def contestants(field: Field) -> list[Contestant]:
         f"environment that --peer-python {NAME}=PYTHON or the variable {variable(NAME)} names",
         default=sys.executable,
     )
-    folder = prepared(NAME, checkpoint, (), write_compatible)
+    versions = library_versions(NAME, python, ("stable-diffusion-cpp-python", "numpy"))
+    folder = prepared(NAME, checkpoint, versions, write_compatible)
     same = has_clip_tokens(checkpoint)
     return [
         Contestant(
-            f"{NAME}-{each}", each, functools.partial(CppPainter, python, folder, each), same_picture=same
+            f"{NAME}-{each}",
+            each,
+            functools.partial(CppPainter, python, folder, each),
+            same_picture=same,
+            checkpoint=checkpoint,
+            versions=versions,
         )
         for each in TYPES
     ]

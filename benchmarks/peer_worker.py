@@ -49,6 +49,29 @@ def interpreter(peer: str, module: str, remedy: str, default: str | None = None)
     return python
 
 
+VERSIONS = """
+import importlib.metadata, json, platform, sys
+found = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+def library_versions(peer: str, python: str, packages: Sequence[str]) -> dict[str, str]:
+    """The versions of another interpreter and of those packages that it has. Raises BackendError."""
+    command = [python, "-c", VERSIONS, *packages]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=True)
+        found: dict[str, str] = json.loads(said.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise BackendError(f"{peer}: {python} does not tell its versions: {error}") from error
+    return found
+
+
 class Program:
     """The program of a peer, running.
 
@@ -140,10 +163,6 @@ class ProgramPainter:
     def host_memory(self) -> int | None:
         """See Painter: of the program."""
         return self._memory
-
-    def device_memory(self) -> int | None:
-        """See Painter: no such peer runs on a device."""
-        return None
 
     def close(self) -> None:
         """See Painter."""

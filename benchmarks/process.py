@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from allaprima.bundle import AllaprimaError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -22,6 +24,11 @@ def in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in words: ours say all in their message, of others the type says most."""
+    return str(error) if isinstance(error, AllaprimaError) else f"{type(error).__name__}: {error}"
 
 
 def peak_memory() -> int:

@@ -16,8 +16,9 @@ from allaprima.cli.machine import read_machine
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 _LIBRARIES = (
-    *("diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "tensorrt"),
-    *("tensorrt-rtx", "torch", "transformers"),
+    *("diffusers", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino"),
+    *("openvino-genai", "openvino-tokenizers", "optimum", "optimum-intel", "optimum-onnx"),
+    *("stable-diffusion-cpp-python", "tensorrt", "tensorrt-rtx", "torch", "transformers"),
 )
 
 
@@ -30,8 +31,13 @@ def stamp(command: str, model: str, threads: int) -> dict[str, Any]:
         "model": model,
         "threads": threads,
         "machine": asdict(read_machine()),
-        "versions": {"allaprima": VERSION, **{name: _version(name) for name in _LIBRARIES}},
+        "versions": library_versions(),
     }
+
+
+def library_versions() -> dict[str, str | None]:
+    """Ours, and those of the libraries that can be measured here; None is not installed."""
+    return {"allaprima": VERSION, **{name: _version(name) for name in _LIBRARIES}}
 
 
 def _version(library: str) -> str | None:

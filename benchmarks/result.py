@@ -42,6 +42,7 @@ def new_result(command: str, model: str, plan: Plan) -> Result:
         "counts": [],
         "scenarios": [],
         "quality": {},
+        "notes": [],
     }
 
 
@@ -52,6 +53,7 @@ def about(contestant: Contestant) -> dict[str, Any]:
         "precision": contestant.precision,
         "backend": contestant.backend or None,
         "bundle": name,
+        "versions": dict(contestant.versions) or None,
         "turns": [],
     }
 
@@ -65,6 +67,7 @@ def turn_to_json(turn: Turn) -> dict[str, Any]:
         "round": turn.round,
         "complete": turn.complete,
         "load": turn.load,
+        "warm_up": turn.warm_up,
         "memory": turn.memory,
         "device_memory": turn.device_memory,
         "pictures": [_pictures_to_json(work, pictures) for work, pictures in groups.items()],

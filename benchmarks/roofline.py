@@ -111,11 +111,19 @@ def points(result: Result) -> list[Point]:
         limit = ceiling(result, name)
         if count and limit:
             operations = sum(count["operations"].values())
-            moved = WIDTHS[contestant["precision"]] * (count["weights"] + count["activations"])
+            moved = width(contestant) * (count["weights"] + count["activations"])
             intensity = operations / moved
             bound = min(limit[0], intensity * limit[1])
             found.append(Point(name, role, work, statistics.median(calls), operations, intensity, bound))
     return found
+
+
+def width(about: Mapping[str, Any]) -> int:
+    """Bytes of a number as a contestant computes with it, from what a result says of it.
+
+    ONNX Runtime has no kernels for fp16 on a CPU: it widens weights when it loads them, and all that follows.
+    """
+    return WIDTHS["fp32" if (about["backend"], about["precision"]) == ("ort", "fp16") else about["precision"]]
 
 
 def ceiling(result: Result, contestant: str) -> tuple[float, float] | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from allaprima.benchmarks.arithmetic import percentile, poisson_arrivals
 from allaprima.benchmarks.contestants import Contestant
-from allaprima.benchmarks.plan import Plan
+from allaprima.benchmarks.plan import Plan, Work
 from allaprima.benchmarks.turns import Say, opened
 from allaprima.bundle import RequestError
 
@@ -170,44 +170,64 @@ def server(
 
 @dataclass(frozen=True)
 class ScenarioRun:
-    """The job of one contestant: the scenarios by our own generator, then by LoadGen at the same rates."""
+    """The job of one contestant in one scenario: by our own generator, then by LoadGen at the same rate.
+
+    It is opened for the batches of that scenario alone: one that was compiled for any batch, as a server's,
+    would be slower in the others too. `most` is the rate that the server's search begins at, None to measure
+    it.
+    """
 
     contestant: Contestant
     plan: Plan
+    scenario: str
     asked: Traffic
     cache: Path | None
+    most: float | None = None
+
+    @property
+    def works(self) -> list[Work]:
+        """All that will be painted, each batch once."""
+        work = self.plan.works[-1]
+        counts = {"single-stream": [1], "offline": [work.batch], "server": [*range(1, work.batch + 1)]}
+        return [replace(work, batch=count) for count in counts[self.scenario]]
+
+    def warm_up(self) -> list[int]:
+        """The batches to be painted before anything counts.
+
+        A server's come in any order, and a contestant that compiles for one at a time should know that
+        before: so the first comes again, as soon as there was another.
+        """
+        first, *others = [work.batch for work in self.works]
+        return [first, *others[:1], *[first] * bool(others), *others[1:]]
 
     def __call__(self, say: Say) -> None:
         """Do it; every outcome is said at once."""
         from allaprima.benchmarks import loadgen
 
-        work = self.plan.works[-1]
-        with opened(self.contestant, self.plan.settings, self.plan.works, self.cache) as (painter, _):
+        work, settings = self.plan.works[-1], self.plan.settings
+        with opened(self.contestant, settings, self.works, self.cache) as (painter, _):
 
             def paint(count: int) -> None:
-                painter.paint(type(work)(count, work.width, work.height, work.steps))
+                painter.paint(replace(work, batch=count))
 
-            for count in range(1, work.batch + 1):
+            for count in self.warm_up():
                 paint(count)
-            for found in self._own(paint, work.batch):
-                say(("scenario", found))
-                if self.asked.loadgen and "error" not in found:
-                    say(("scenario", loadgen.repeat(paint, found, work.batch, self.plan.settings.seed)))
+            found = self._own(paint, 1 if self.scenario == "single-stream" else work.batch)
+            say(("scenario", found))
+            if self.asked.loadgen and "error" not in found:
+                say(("scenario", loadgen.repeat(paint, found, self.works[-1].batch, settings.seed)))
 
-    def _own(self, paint: Paint, batch: int) -> Any:
+    def _own(self, paint: Paint, batch: int) -> dict[str, Any]:
         asked, clock = self.asked, Clock()
-        if "single-stream" in asked.scenarios:
-            yield asdict(single_stream(paint, asked.queries, clock))
-        if not {"offline", "server"} & set(asked.scenarios):
-            return
-        most = offline(paint, asked.queries, batch, clock)
-        if "offline" in asked.scenarios:
-            yield asdict(most)
-        if asked.latency is not None and "server" in asked.scenarios:
-            seed = self.plan.settings.seed
-            found = server(paint, asked.queries, batch, asked.latency, seed, most.throughput, clock)
-            if found is None:
-                words = f"no rate keeps {WITHIN:g} % of {asked.queries} queries within {asked.latency:g} s"
-                yield {"scenario": "server", "generator": "own", "error": words, "bound": asked.latency}
-            else:
-                yield {**asdict(found), "bound": asked.latency}
+        if self.scenario == "single-stream":
+            return asdict(single_stream(paint, asked.queries, clock))
+        whole = -(-asked.queries // batch) * batch  # a smaller batch at the end would be compiled for too
+        if self.scenario == "offline":
+            return asdict(offline(paint, whole, batch, clock))
+        assert asked.latency is not None  # Traffic has seen to it
+        most = self.most or offline(paint, whole, batch, clock).throughput
+        found = server(paint, asked.queries, batch, asked.latency, self.plan.settings.seed, most, clock)
+        if found is None:
+            words = f"no rate keeps {WITHIN:g} % of {asked.queries} queries within {asked.latency:g} s"
+            return {"scenario": "server", "generator": "own", "error": words, "bound": asked.latency}
+        return {**asdict(found), "bound": asked.latency}

@@ -68,10 +68,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a contestant takes apart from painting: medians over its turns, in seconds and bytes."""
+    """What a contestant takes apart from painting: seconds as medians over its turns, the most bytes of any.
+
+    `warm_up` is the first picture of every shape together.
+    """
 
     contestant: str
     load: float | None
+    warm_up: float | None
     memory: int | None
     device_memory: int | None
 
@@ -121,6 +125,7 @@ def costs(result: Result) -> list[Costs]:
         Costs(
             name,
             _middle([turn["load"] for turn in each["turns"]]),
+            _middle([sum(warm) if (warm := turn.get("warm_up")) else None for turn in each["turns"]]),
             _largest([turn["memory"] for turn in each["turns"]]),
             _largest([turn["device_memory"] for turn in each["turns"]]),
         )

@@ -9,19 +9,22 @@ import io
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from PIL.Image import Image
+
 from allaprima.benchmarks.contestants import Contestant, Painted, Painter
+from allaprima.benchmarks.nvml import PeakDevice, used_memory
 from allaprima.benchmarks.plan import Plan, Settings, Work
-from allaprima.benchmarks.process import peak_memory
+from allaprima.benchmarks.process import peak_memory, reason_of
 from allaprima.benchmarks.quality import picture_name
-from allaprima.bundle import AllaprimaError
 
 Message = tuple[str, Any]
 Say = Callable[[Message], None]
@@ -49,7 +52,10 @@ class Picture:
 
 @dataclass
 class Turn:
-    """What came of one turn. Memory is the process's peak, in bytes."""
+    """What came of one turn. Memory is the process's peak, in bytes.
+
+    `warm_up` has the seconds of the first picture of each shape, where some libraries compile.
+    """
 
     round: int
     load: float | None = None
@@ -57,6 +63,7 @@ class Turn:
     device_memory: int | None = None
     pictures: list[Picture] = field(default_factory=list)
     complete: bool = False
+    warm_up: list[float] = field(default_factory=list)
 
 
 def run_turn(
@@ -71,6 +78,9 @@ def run_turn(
     for kind, value in listen(Painting(contestant, plan, cache, keep)):
         if kind == "loaded":
             turn.load = value
+        elif kind == "warmed up":
+            turn.warm_up.append(value)
+            continue
         elif kind == "picture":
             turn.pictures.append(value)
         elif kind == "memory":
@@ -91,17 +101,76 @@ class Painting:
 
     def __call__(self, say: Say) -> None:
         """Do it, and say what was measured."""
-        with opened(self.contestant, self.plan.settings, self.plan.works, self.cache) as (painter, load):
+        contestant, plan = self.contestant, self.plan
+        with (
+            PeakDevice(used_memory if contestant.gpu else lambda: None) as device,
+            opened(contestant, plan.settings, plan.works, self.cache) as (painter, load),
+        ):
             say(("loaded", load))
-            for warm_up, works in self.plan.by_shape():
+            for warm_up, works in plan.by_shape():
+                started = perf_counter()
                 painter.paint(warm_up)
-                for repeat in range(self.plan.repeats):
+                say(("warmed up", perf_counter() - started))
+                for repeat in range(plan.repeats):
                     for work in works:
                         picture, painted = time_picture(painter, work)
                         say(("picture", picture))
                         if self.keep is not None and repeat == 0:
-                            painted.images[0].save(self.keep / picture_name(work))
-            say(("memory", (painter.host_memory() or peak_memory(), painter.device_memory())))
+                            save_whole(painted.images[0], self.keep / picture_name(work))
+            say(("memory", (painter.host_memory() or peak_memory(), device.peak())))
+
+
+def save_whole(image: Image, path: Path) -> None:
+    """Write a PNG, whole or not at all, whoever ends the process meanwhile."""
+    partial = path.with_name("unfinished")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The job before all turns: build the contestant's engines; with `load`, open it once too.
+
+    Its files are then in memory, so that no turn has to wait for the disk.
+    """
+
+    contestant: Contestant
+    settings: Settings
+    works: tuple[Work, ...]
+    cache: Path | None
+    load: bool
+
+    def __call__(self, say: Say) -> None:
+        """Do it."""
+        use_cache(self.cache)
+        if self.contestant.build is not None:
+            self.contestant.build(self.works)
+        if self.load:
+            with opened(self.contestant, self.settings, self.works, self.cache):
+                pass
+
+
+def prepare(
+    contestant: Contestant,
+    settings: Settings,
+    works: Sequence[Work],
+    cache: Path | None,
+    *,
+    load: bool = False,
+) -> None:
+    """Make ready for these works what is not to be measured.
+
+    Raises RuntimeError with the reason if it fails.
+    """
+    if contestant.build is not None or load:
+        with closing(listen(Preparation(contestant, settings, tuple(works), cache, load))) as said:
+            deque(said, maxlen=0)
+
+
+def use_cache(cache: Path | None) -> None:
+    """Let this process keep engines in a folder of its own; None leaves it the user's."""
+    if cache is not None:
+        os.environ["ALLAPRIMA_CACHE"] = str(cache)
 
 
 @contextmanager
@@ -109,8 +178,7 @@ def opened(
     contestant: Contestant, settings: Settings, works: Sequence[Work], cache: Path | None
 ) -> Iterator[tuple[Painter, float]]:
     """A contestant's model, and the seconds it took to load, the import of its libraries included."""
-    if cache is not None:
-        os.environ["ALLAPRIMA_CACHE"] = str(cache)
+    use_cache(cache)
     started = perf_counter()
     painter = contestant.open(settings, works)
     try:
@@ -169,7 +237,6 @@ def _work(job: Job, connection: Connection) -> None:
     except BrokenPipeError:  # nobody listens any more
         return
     except Exception as error:  # a peer that is missing or broken is a result, not the end
-        named = isinstance(error, AllaprimaError)
-        last = "failed", str(error) if named else f"{type(error).__name__}: {error}"
+        last = "failed", reason_of(error)
     with suppress(BrokenPipeError):
         connection.send(last)

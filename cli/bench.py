@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allaprima.bundle import BackendError, RequestError
-from allaprima.cli import quality
+from allaprima.cli import compare, quality
 from allaprima.cli.output import add_json, add_quiet, print_json, print_table, print_warnings, progress_bar
 
 if TYPE_CHECKING:
-    from allaprima.benchmarks.comparison import Verdict
     from allaprima.benchmarks.harness import Measured
     from allaprima.benchmarks.lineup import Asked, Lineup
     from allaprima.benchmarks.result import Result
-
-COMPARE, _IS_SLOWER = "compare", 1
-"""The word that compares two results, and the exit code if the second is slower."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.description = (
         "Measures latency, throughput, memory and the distance from the machine's limit, our backends and "
-        "other libraries in turn; or says what changed between two results (exit code 1: it is slower)."
+        "other libraries in turn; or says what changed between two results (exit code 1: it is slower, or "
+        "lacks something)."
     )
     parser.add_argument(
         "words",
@@ -46,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_work(parser)
     _add_contestants(parser)
     _add_scenarios(parser)
-    _add_comparison(parser)
+    compare.add_arguments(parser)
     quality.add_arguments(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder of the report (bench-NAME)")
     add_json(parser)
@@ -120,29 +117,10 @@ def _add_scenarios(parser: argparse.ArgumentParser) -> None:
     add("--no-loadgen", action="store_true", help="do not repeat scenarios with mlcommons-loadgen")
 
 
-def _add_comparison(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("of compare")
-    add = group.add_argument
-    add(
-        "--level",
-        metavar="X",
-        type=float,
-        default=0.95,
-        help="of confidence, in all verdicts together (0.95)",
-    )
-    add(
-        "--tolerance",
-        metavar="X",
-        type=float,
-        default=0.0,
-        help="differences that do not matter, as 0.02 (0)",
-    )
-
-
 def run(options: argparse.Namespace) -> int | None:
     """Measure or compare."""
-    if options.words[:1] == [COMPARE]:
-        return _compare(options)
+    if options.words[:1] == [compare.COMPARE]:
+        return compare.run(options)
     _name_interpreters(options.peer_python)
     if options.words[:1] == [quality.QUALITY]:
         return _quality(options)
@@ -171,6 +149,7 @@ def _quality(options: argparse.Namespace) -> int | None:
 def _measure(options: argparse.Namespace) -> int | None:
     from allaprima.benchmarks.harness import Harness
     from allaprima.benchmarks.lineup import line_up
+    from allaprima.benchmarks.process import reason_of
     from allaprima.benchmarks.result import new_result, write
 
     lineup = line_up(_asked(options), table="latency" in options.scenario)
@@ -178,16 +157,24 @@ def _measure(options: argparse.Namespace) -> int | None:
     folder = options.output or Path(f"bench-{lineup.name}")
     result = new_result(f"allaprima {shlex.join(sys.argv[1:])}", lineup.name, lineup.plan)
     result["absent"].update(lineup.absent)
+    result["notes"] += lineup.notes
     write(folder, result)
-    stopped = None
+    stopped: BaseException | None = None
     with progress_bar(quiet=options.quiet) as report, _terminated():
         harness = Harness(
-            result, lineup.contestants, lineup.plan, keep=lambda: write(folder, result), tell=report
+            result,
+            lineup.contestants,
+            lineup.plan,
+            keep=lambda: write(folder, result),
+            tell=report,
+            reference=lineup.reference,
         )
         try:
             harness.run(measured)
-        except KeyboardInterrupt as interrupt:
-            result["stopped"], stopped = "it was interrupted", interrupt
+        except BaseException as error:  # whatever it is, what was measured is told first
+            interrupted = isinstance(error, KeyboardInterrupt)
+            result["stopped"] = "it was interrupted" if interrupted else f"it failed: {reason_of(error)}"
+            stopped = error
             write(folder, result)
     _tell(options, result, lineup, folder)
     if stopped is not None:
@@ -255,7 +242,8 @@ def _terminated() -> Iterator[None]:
 
 
 def _tell(options: argparse.Namespace, result: Result, lineup: Lineup, folder: Path) -> None:
-    from allaprima.benchmarks.page import HEAD, result_rows, scenario_rows, write_report
+    from allaprima.benchmarks.page import HEAD, result_rows, write_report
+    from allaprima.benchmarks.sections import scenario_rows
     from allaprima.benchmarks.summary import rows
 
     path, missing = write_report(result, folder)
@@ -264,6 +252,7 @@ def _tell(options: argparse.Namespace, result: Result, lineup: Lineup, folder: P
     if options.quiet:
         return
     print_warnings([f"{name} was not measured: {why}" for name, why in result["absent"].items()])
+    print_warnings(result["notes"])
     if missing:
         print_warnings([missing])
     if options.json:
@@ -274,50 +263,6 @@ def _tell(options: argparse.Namespace, result: Result, lineup: Lineup, folder: P
     if result["scenarios"]:
         print_table(*scenario_rows(result))
     print(path)
-
-
-def _compare(options: argparse.Namespace) -> int | None:
-    from allaprima.benchmarks.comparison import SLOWER, compare, differences
-    from allaprima.benchmarks.result import read
-
-    if len(options.words) != 3:
-        raise RequestError(f"compare takes two results, not {len(options.words) - 1}: their files or folders")
-    before, after = (read(Path(word)) for word in options.words[1:])
-    verdicts = compare(before, after, level=options.level, tolerance=options.tolerance)
-    notes = differences(before, after)
-    if options.json:
-        print_json({"verdicts": [_verdict_to_json(each) for each in verdicts], "differences": notes})
-    elif not options.quiet:
-        print_warnings(f"the results differ in {note}" for note in notes)
-        print_table(
-            ("contestant", "configuration", "latency, ratio", "interval", "verdict"), map(_row, verdicts)
-        )
-    return _IS_SLOWER if any(each.verdict == SLOWER for each in verdicts) else None
-
-
-def _row(verdict: Verdict) -> tuple[str, ...]:
-    interval = verdict.interval
-    shown = (
-        ("–", "needs 2 rounds of each")
-        if interval is None
-        else (
-            f"{interval.ratio:.3f}",
-            f"{interval.low:.3f} – {interval.high:.3f}",
-        )
-    )
-    return verdict.contestant, str(verdict.work or "all together"), *shown, verdict.verdict
-
-
-def _verdict_to_json(verdict: Verdict) -> dict[str, object]:
-    from dataclasses import asdict
-
-    work, interval = verdict.work, verdict.interval
-    return {
-        "contestant": verdict.contestant,
-        "configuration": None if work is None else asdict(work),
-        "interval": None if interval is None else asdict(interval),
-        "verdict": verdict.verdict,
-    }
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pictures", metavar="DIR", type=Path, help="score these pictures of --texts, paint none")
     add("--inception", metavar="FILE", type=Path, help="for FID: an ONNX or TorchScript model of features")
     add("--reference", metavar="PATH", type=Path, help="for FID: an .npz with mu and sigma, or pictures")
+    add("--mlperf", action="store_true", help="judge by MLPerf's gate of SDXL, which SDXL is by itself")
     add("--clip", metavar="DIR", type=Path, help="for CLIP score: a CLIP of transformers")
 
 
@@ -52,7 +53,10 @@ def run(options: argparse.Namespace, find: Callable[[], Lineup]) -> int | None:
         scores = {options.pictures.name: _score_folder(options)}
         absent: dict[str, str] = {}
     else:
-        scores, absent = _paint_and_score(options, find())
+        lineup = find()
+        if not options.quiet:
+            print_warnings(lineup.notes)
+        scores, absent = _paint_and_score(options, lineup)
     if options.json:
         print_json({"scores": scores, "absent": absent})
     elif not options.quiet:
@@ -70,12 +74,8 @@ def run(options: argparse.Namespace, find: Callable[[], Lineup]) -> int | None:
 
 def _gate_notes(scores: dict[str, Any]) -> list[tuple[str, str]]:
     gates = {name: each["mlperf_sdxl"] for name, each in scores.items() if "mlperf_sdxl" in each}
-    words = {True: "passes MLPerf's gate", False: "fails MLPerf's gate: "}
-    return [
-        (name, words.get(gate["passed"], "") + gate["reason"])
-        for name, gate in gates.items()
-        if gate["passed"] is not None
-    ]
+    words = {True: "passes MLPerf's gate", False: "fails MLPerf's gate: ", None: "not judged: "}
+    return [(name, words[gate["passed"]] + gate["reason"]) for name, gate in gates.items()]
 
 
 def _score_folder(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,6 +98,7 @@ def _score_folder(options: argparse.Namespace) -> dict[str, Any]:
         inception=options.inception,
         reference=options.reference,
         clip=options.clip,
+        gate=options.mlperf,
     )
 
 
@@ -126,15 +127,18 @@ def _paint_and_score(
         )
     scores = score_captions(lineup.contestants, wanted, pictures)
     for name, figures in scores.items():
-        if options.inception is not None or options.clip is not None:
+        if options.mlperf or options.inception is not None or options.clip is not None:
             figures |= score_fidelity(
                 places(pictures / name, wanted),
                 [caption.text for caption in wanted],
                 inception=options.inception,
                 reference=options.reference,
                 clip=options.clip,
+                gate=options.mlperf or lineup.sdxl,
             )
-    _write(root / FILE, {"captions": len(wanted), "steps": steps, "scores": scores, "absent": absent})
+    if scores:
+        found = {"captions": len(wanted), "steps": steps, "scores": scores, "absent": absent}
+        _write(root / FILE, {**found, "notes": list(lineup.notes)})
     return scores, absent
 
 
@@ -159,5 +163,9 @@ def _cache(contestant: Contestant, folder: Path) -> Path | None:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror or error}") from error

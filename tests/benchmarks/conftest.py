@@ -35,15 +35,28 @@ class Painter:
     def host_memory(self):
         return None
 
-    def device_memory(self):
-        return 123
-
     def close(self):
         pass
 
 
 def steady(colour, log, settings, works):
     return Painter(colour, log)
+
+
+def told(colour, log, settings, works):
+    # As steady, and says what it is opened for.
+    with open(log, "a") as file:
+        file.write(f"{colour} open {[work.batch for work in works]}\\n")
+    return Painter(colour, log)
+
+
+def build(colour, log, works):
+    with open(log, "a") as file:
+        file.write(f"{colour} build {[work.batch for work in works]}\\n")
+
+
+def no_engine(works):
+    raise ValueError("it cannot be built")
 
 
 def dying(colour, log, settings, works):

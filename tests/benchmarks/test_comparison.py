@@ -12,6 +12,7 @@ from allaprima.benchmarks.comparison import (
     Verdict,
     compare,
     differences,
+    missing,
 )
 from allaprima.benchmarks.result import Result
 from allaprima.bundle import RequestError
@@ -72,6 +73,63 @@ def test_only_what_both_have_is_compared(result: Result) -> None:
     assert by_name(compare(result, other)) == {("quick", 1): SAME, ("quick", None): SAME}
 
 
+def test_what_only_one_result_has_is_listed(result: Result) -> None:
+    other = copy.deepcopy(result)
+    other["contestants"]["slow"]["turns"] = []
+    other["absent"]["slow"] = "RuntimeError: it crashed"
+    for turn in other["contestants"]["quick"]["turns"]:
+        turn["pictures"] = turn["pictures"][:2]
+    lost, gained = missing(result, other)
+    assert [(each.contestant, [work.steps for work in each.works], each.reason) for each in lost] == [
+        ("quick", [8], ""),
+        ("slow", [1, 4, 8], "RuntimeError: it crashed"),
+    ]
+    assert gained == []
+    assert missing(other, result) == ([], lost)
+    assert missing(result, result) == ([], [])
+    other["absent"] = {"slo": "another", "slow:bf16": "another", "nobody": "another"}
+    assert missing(result, other)[0][1].reason == ""
+
+
+def test_why_a_library_was_not_there_at_all(result: Result) -> None:
+    """Its reason stands under the name that was asked for, its contestants have a precision in theirs."""
+    other = copy.deepcopy(result)
+    result["contestants"]["peer-bf16"] = result["contestants"].pop("slow")
+    del other["contestants"]["slow"]
+    for name in ("peer", "peer:bf16"):
+        other["absent"] = {name: "it is not installed"}
+        assert [each.reason for each in missing(result, other)[0]] == ["it is not installed"]
+
+
+def test_a_slower_day_is_cancelled_by_another_contestant(result: Result) -> None:
+    """All of it 1.5 times slower, and `quick` 1.2 times more."""
+    day = scaled(scaled(result, 1.5 * 1.2), 1.5, name="slow")
+    assert set(by_name(compare(result, day)).values()) == {SLOWER}
+    found = compare(result, day, against="slow")
+    assert by_name(found) == {("quick", steps): SLOWER for steps in (1, 4, 8, None)}
+    assert all(each.interval is not None for each in found)
+    assert [each.interval.ratio for each in found if each.interval] == pytest.approx([1.2] * 4)
+    same = scaled(scaled(result, 1.5), 1.5, name="slow")
+    assert set(by_name(compare(result, same, against="slow")).values()) == {SAME}
+
+
+def test_only_rounds_of_both_contestants_are_paired(result: Result) -> None:
+    other = copy.deepcopy(result)
+    del other["contestants"]["slow"]["turns"][1:]
+    assert set(by_name(compare(result, other, against="slow")).values()) == {UNKNOWN}
+
+
+def test_against_somebody_who_was_not_measured(result: Result) -> None:
+    other = copy.deepcopy(result)
+    other["contestants"]["slow"]["turns"] = []
+    with pytest.raises(RequestError, match=r"against is 'nobody'.*: it has quick, slow"):
+        compare(result, result, against="nobody")
+    with pytest.raises(RequestError, match=r"against is 'slow'.*: it has quick"):
+        compare(result, other, against="slow")
+    with pytest.raises(RequestError, match="no configuration in common"):
+        compare(other, other, against="quick")
+
+
 def test_nothing_in_common(result: Result) -> None:
     other = copy.deepcopy(result)
     other["contestants"] = {"another": other["contestants"]["quick"]}
@@ -93,12 +151,18 @@ def test_what_else_differs_is_said(result: Result) -> None:
     other["threads"] += 1
     other["machine"]["cpu"] = "another"
     other["plan"]["settings"]["sampler"] = "euler"
+    other["contestants"]["quick"] |= {"bundle": "other", "precision": "bf16"}
+    result["contestants"]["slow"]["versions"] = {"torch": "2.12", "python": "3.11"}
+    other["contestants"]["slow"]["versions"] = {"torch": "2.13", "python": "3.11"}
     other["complete"], other["stopped"] = False, "it was interrupted"
     words = "\n".join(differences(result, other))
     for part in (
         "threads 1 and 2",
         "cpu",
         "sampler ddim and euler",
+        "quick: bundle tiny and other",
+        "quick: precision fp32 and bf16",
+        "slow: torch 2.12 and 2.13",
         "the second result is incomplete: it was",
     ):
         assert part in words

@@ -13,7 +13,8 @@ import pytest
 from allaprima.benchmarks import harness, turns
 from allaprima.benchmarks.contestants import Contestant
 from allaprima.benchmarks.harness import Harness, Measured
-from allaprima.benchmarks.plan import Plan
+from allaprima.benchmarks.page import write_report
+from allaprima.benchmarks.plan import Plan, Work
 from allaprima.benchmarks.result import new_result
 from allaprima.benchmarks.scenarios import Traffic
 from allaprima.benchmarks.turns import Job, Message
@@ -93,6 +94,8 @@ def test_what_was_measured_before_an_interruption_is_kept(
     (first,), (second,) = (each["turns"] for each in result["contestants"].values())
     assert first["complete"]
     assert not second["complete"]
+    assert result["quality"]["reference"] == "a", "what was painted is compared"
+    assert set(result["quality"]["psnr"]) == {"b"}
     assert sum(len(entry["seconds"]) for entry in second["pictures"]) == 3
 
 
@@ -155,5 +158,103 @@ def test_scenarios(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
     assert all(each["queries"] == 5 and each["throughput"] > 0 for each in result["scenarios"])
     assert result["scenarios"][2]["bound"] == 60.0
     assert list(result["absent"]) == ["absent"]
-    # The warm-up, and four times five queries: single stream, offline, and the server's highest rate.
-    assert log.read_text().splitlines() == ["1 5 1 16"] * 16
+    # A warm-up and five queries in each: single stream, offline, and the server's highest rate.
+    assert log.read_text().splitlines() == ["1 5 1 16"] * 18
+
+
+def test_each_scenario_is_opened_for_its_own_batches(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    contestant = Contestant(
+        "a",
+        "fp32",
+        functools.partial(made_up.told, 1, log),
+        build=functools.partial(made_up.build, 1, log),
+    )
+    result = new_result("bench", "tiny", plan)
+    traffic = Traffic(("server", "single-stream", "offline"), 5, 60.0, loadgen=False)
+    works = (Work(3, 16, 8, 4),)
+    Harness(result, [contestant], replace(plan, works=works), keep=lambda: None).run(
+        Measured(latency=False, asked=traffic)
+    )
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if "[" in line] == [
+        *("1 build [1]", "1 open [1]", "1 build [3]", "1 open [3]"),
+        *("1 build [1, 2, 3]", "1 open [1, 2, 3]"),
+    ]
+    shape = "1 4 {} 16".format
+    assert lines[2:8] == [shape(1)] * 6
+    assert lines[10:13] == [shape(3)] * 3, "the warm-up, and five queries in whole batches"
+    assert lines[15:19] == [shape(1), shape(2), shape(1), shape(3)], "the first comes again"
+    assert result["absent"] == {}
+    assert [(each["scenario"], each["batch"], each["queries"]) for each in result["scenarios"]] == [
+        *(("single-stream", 1, 5), ("offline", 3, 6), ("server", 3, 5)),
+    ]
+
+
+def test_a_scenario_for_which_nothing_can_be_built(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
+    contestant = steady(made_up, "a", 1, tmp_path / "log", build=made_up.no_engine)
+    result = new_result("bench", "tiny", plan)
+    Harness(result, [contestant], plan, keep=lambda: None).run(
+        Measured(latency=False, asked=Traffic(("single-stream", "offline"), 5, None, loadgen=False))
+    )
+    assert [each["error"] for each in result["scenarios"]] == ["ValueError: it cannot be built"] * 2
+    assert result["absent"] == {}, "it may have been measured otherwise"
+    assert "it cannot be built" in write_report(result, tmp_path)[0].read_text(encoding="utf-8")
+
+
+def test_engines_are_built_before_the_first_turn(made_up: ModuleType, plan: Plan, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    contestants = [
+        Contestant(
+            str(colour),
+            "fp32",
+            functools.partial(made_up.told, colour, log),
+            build=functools.partial(made_up.build, colour, log),
+        )
+        for colour in (1, 2)
+    ] + [Contestant("fixed", "fp32", made_up.broken, build=made_up.no_engine)]
+    result = new_result("bench", "tiny", plan)
+    Harness(result, contestants, plan, keep=lambda: None).run(Measured(cold=0, roofline=False))
+    said = [line.rpartition(" [")[0] for line in log.read_text().splitlines() if "[" in line]
+    assert said == ["1 build", "1 open", "2 build", "2 open", *["1 open", "2 open"] * 2]
+    assert result["absent"] == {"fixed": "ValueError: it cannot be built"}
+    assert result["complete"]
+
+
+def test_where_nobody_is_in_fp32_one_picture_is_painted_to_compare_with(
+    made_up: ModuleType, plan: Plan, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    contestants = [replace(steady(made_up, name, 1, log), precision="fp16") for name in ("a", "b")]
+    result = new_result("bench", "tiny", plan)
+    reference = steady(made_up, "diffusers-fp32", 3, tmp_path / "other")
+    Harness(result, contestants, plan, keep=lambda: None, reference=reference).run(
+        Measured(cold=0, roofline=False)
+    )
+    assert result["quality"]["reference"] == "diffusers-fp32"
+    assert set(result["quality"]["psnr"]) == {"a", "b"}
+    assert list(result["contestants"]) == ["a", "b"], "it is not measured"
+    assert (tmp_path / "other").read_text().splitlines() == ["3 2 1 16", "3 5 1 16"]
+
+    result = new_result("bench", "tiny", plan)
+    reference = Contestant("diffusers-fp32", "fp32", made_up.broken)
+    Harness(result, contestants, plan, keep=lambda: None, reference=reference).run(
+        Measured(cold=0, roofline=False)
+    )
+    assert result["quality"] == {}
+    assert "diffusers-fp32 failed: ModuleNotFoundError: no module named 'peer'" in result["notes"][0]
+    assert result["complete"]
+
+
+def test_what_cannot_be_counted_is_a_note(
+    made_up: ModuleType, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_new_process(function: Any, *arguments: Any) -> Any:
+        raise ValueError("shapes do not agree")
+
+    monkeypatch.setattr(harness, "in_new_process", in_new_process)
+    result = new_result("bench", "tiny", plan)
+    contestant = steady(made_up, "a", 1, tmp_path / "log", backend="ort", bundle="some/tiny")
+    Harness(result, [contestant], plan, keep=lambda: None).run(Measured(cold=0))
+    assert result["counts"] == [{"bundle": "tiny", "error": "ValueError: shapes do not agree"}]
+    assert result["complete"]

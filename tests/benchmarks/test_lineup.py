@@ -1,16 +1,19 @@
 """Who is measured, and the rates of the machine that they are measured against."""
 
 import functools
+import importlib.util
 import json
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from allaprima.benchmarks import lineup
-from allaprima.benchmarks.contestants import PEERS, Field, find_peers
+from allaprima.benchmarks.contestants import PEERS, Contestant, Field, find_peers
 from allaprima.benchmarks.lineup import Asked, line_up
-from allaprima.benchmarks.ours import Way, contestant, open_pipeline, ways
+from allaprima.benchmarks.ours import Way, contestant, ways
 from allaprima.benchmarks.peer_diffusers import DiffusersPainter
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.benchmarks.rates import Rates, measure_rates
@@ -71,6 +74,64 @@ def test_a_peer_without_its_checkpoint_is_listed(tmp_path: Path) -> None:
         find_peers("diffusers", Field("some", None, False))
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PackageNotFoundError("torch"), "PackageNotFoundError: No package metadata was found for torch"),
+        (MemoryError("too much"), "MemoryError: too much"),
+        (BackendError("it is not here"), "it is not here"),
+    ],
+)
+def test_a_peer_that_cannot_be_made_ready_is_listed(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str, field: Field) -> list[Contestant]:
+        raise error
+
+    monkeypatch.setattr(lineup, "find_peers", find)
+    found = line_up(Asked(("shapes",), sizes=SMALL, peers=("ort", "diffusers")), table=True)
+    assert found.absent == {"ort": words, "diffusers": words}
+    assert len(found.contestants) == 1
+
+
+@pytest.mark.parametrize(("name", "extra"), [("ort", "bench,export,ort"), ("openvino-genai", "openvino")])
+def test_what_a_peer_needs_is_checked_before_it_is_made(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment without torch, which makes the graphs of both."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(BackendError, match=rf"needs torch, which is not installed: pip .*{extra}\]'"):
+        find_peers(name, Field("shapes", lineup.SHAPES, gpu=False))
+
+
+def test_somebody_is_in_fp32_to_be_compared_with() -> None:
+    half = Asked(("shapes",), sizes=SMALL, backends=("ort",), precisions=("fp16",))
+    found = line_up(half, table=True)
+    assert found.reference is not None
+    assert (found.reference.name, found.reference.precision) == ("diffusers-fp32", "fp32")
+    assert found.reference.name not in [each.name for each in found.contestants]
+    whole = replace(half, peers=("diffusers:fp32",))
+    assert line_up(whole, table=True).reference is None
+
+
+def test_a_checkpoint_of_another_model_is_doubted(tmp_path: Path) -> None:
+    asked = Asked(("shapes",), sizes=SMALL, backends=("ort",), precisions=("fp16",))
+    same = line_up(asked, table=True)
+    assert (same.notes, same.sdxl) == ((), False)
+    (tmp_path / "unet").mkdir()
+    config = tmp_path / "unet" / "config.json"
+    config.write_text('{"in_channels": 9, "out_channels": 4, "cross_attention_dim": 128}')
+    assert line_up(replace(asked, checkpoint=tmp_path), table=True).notes == (), "that of inpainting"
+    config.write_text('{"in_channels": 16, "out_channels": 16, "cross_attention_dim": 768}')
+    other = line_up(replace(asked, checkpoint=tmp_path), table=True)
+    assert "16 channels of latents, the bundle 4" in other.notes[0]
+    assert "text embeddings of width 768, the bundle of 128" in other.notes[1]
+    assert all("give --checkpoint DIR of the bundle's" in note for note in other.notes)
+    assert other.reference is None, "its picture would say nothing"
+    config.write_text("{")
+    assert "cannot be read" in line_up(replace(asked, checkpoint=tmp_path), table=True).notes[0]
+
+
 def test_bad_words() -> None:
     with pytest.raises(RequestError, match=f"unknown peer 'torch': choose from {', '.join(PEERS)}"):
         line_up(Asked(("shapes",), peers=("torch",)), table=True)
@@ -114,7 +175,6 @@ def test_contestants_paint_the_same_picture() -> None:
     theirs = DiffusersPainter(lineup.SHAPES, "fp32", False, False, settings, [work])
     painted = [painter.paint(work) for painter in (ours, theirs)]
     for painter in (ours, theirs):
-        assert painter.device_memory() is None
         painter.close()
     for one, other in zip(*(each.images for each in painted), strict=True):
         assert isinstance(one, Image.Image)
@@ -131,7 +191,10 @@ def test_contestants_paint_the_same_picture() -> None:
 
 def test_engines_for_the_shapes_alone(cache: Path) -> None:
     settings, works = Settings("a red circle", None, 7, 2.0, threads=1), [Work(1, 64, 64, 1)]
-    painter = open_pipeline("shapes", "openvino", "fp32", True, settings, works)
+    fixed = contestant("shapes", Way("openvino", "fp32"), fixed=True)
+    assert fixed.build is not None
+    fixed.build(works)
+    painter = fixed.open(settings, works)
     assert painter.paint(works[0]).images[0].size == (64, 64)
     painter.close()
     assert any(

@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from allaprima.benchmarks.contestants import PEERS, Contestant, Field, find_peer
 from allaprima.benchmarks.likeness import psnr
 from allaprima.benchmarks.peer_diffusers import DiffusersPainter
 from allaprima.benchmarks.peer_files import Shapes, prepared, require_packages
-from allaprima.benchmarks.peer_worker import Program, interpreter, variable
+from allaprima.benchmarks.peer_worker import Program, interpreter, library_versions, variable
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError, RequestError
 
@@ -42,7 +44,6 @@ def paint(contestant: Contestant, works: tuple[Work, ...]) -> list[np.ndarray]:
     painter = contestant.open(SETTINGS, works)
     try:
         made = [painter.paint(work).images for work in (*works, OTHER)]
-        assert painter.device_memory() is None
     finally:
         painter.close()
     for images, work in zip(made, (*works, OTHER), strict=True):
@@ -103,13 +104,15 @@ def test_files_are_made_once(tmp_path: Path) -> None:
     checkpoint.mkdir()
     (checkpoint / "weights").write_text("1")
     with pytest.raises(FileExistsError):
-        prepared("peer", checkpoint, (), os.symlink)
+        prepared("peer", checkpoint, {}, os.symlink)
     assert not list((tmp_path / "cache" / "peers").iterdir())
-    folder = prepared("peer", checkpoint, ("numpy",), COPY)
+    versions = {"python": "3.12", "peer": "1.0"}
+    folder = prepared("peer", checkpoint, versions, COPY)
     assert (folder / "weights").read_text() == "1"
-    assert prepared("peer", checkpoint, ("numpy",), os.symlink) == folder
+    assert prepared("peer", checkpoint, dict(reversed(versions.items())), os.symlink) == folder
+    assert prepared("peer", checkpoint, {**versions, "peer": "1.1"}, COPY) != folder
     (checkpoint / "weights").write_text("22")
-    assert prepared("peer", checkpoint, ("numpy",), COPY) != folder
+    assert prepared("peer", checkpoint, versions, COPY) != folder
 
 
 def test_what_shape_is_fixed() -> None:
@@ -121,6 +124,18 @@ def test_what_shape_is_fixed() -> None:
     assert shapes.changed(OTHER)
     assert shapes.fixed is None
     assert not shapes.changed(WORKS[0]), "what takes any shape takes this one too"
+
+
+def test_shapes_in_any_order_are_compiled_for_together() -> None:
+    """As by a server: after its warm-up nobody compiles any more."""
+    counts = [Work(batch, 64, 64, 3) for batch in (1, 2, 3, 4)]
+    shapes = Shapes(counts)
+    first, second, *others = counts
+    assert [shapes.changed(work) for work in (first, second, first, *others)] == [
+        *(False, True, True, False, False)
+    ]
+    assert shapes.fixed is None
+    assert not any(shapes.changed(work) for work in (*counts, *reversed(counts)))
 
 
 def test_a_sampler_that_openvino_genai_has_not(tmp_path: Path) -> None:
@@ -151,6 +166,9 @@ class StableDiffusion:
             import os, sys
             print("last words", file=sys.stderr, flush=True)
             os._exit(3)
+        if prompt == "sleep":
+            import time
+            time.sleep(3600)
         assert len(sigmas.split(",")) == sample_steps + 1
         return [Image.fromarray(np.full((height, width, 3), seed, np.uint8))]
 """
@@ -191,6 +209,40 @@ def test_a_library_in_another_interpreter(fake_cpp: Field) -> None:
         quantised.open(SETTINGS, WORKS)
     with pytest.raises(RequestError, match="no sampler ddim: give --sampler, one of euler, heun"):
         whole.open(Settings("a", "ddim", 7, 3.0, 1), WORKS)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the interpreter is a shell script")
+def test_a_library_in_another_interpreter_has_its_own_versions(fake_cpp: Field) -> None:
+    contestant, _ = find_peers("stable-diffusion-cpp", fake_cpp)
+    assert contestant.versions["numpy"] == np.__version__
+    assert set(contestant.versions) == {"python", "numpy"}, "of the library itself there is only the module"
+    with pytest.raises(BackendError, match="peer: false does not tell its versions"):
+        library_versions("peer", "false", ())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the interpreter is a shell script")
+def test_a_program_ends_in_the_middle_of_a_picture_when_nobody_waits(fake_cpp: Field) -> None:
+    python = os.environ[variable("stable-diffusion-cpp")]
+    options = {"folder": "", "threads": 1, "precision": "f16", "prediction": "eps", "guidance_scale": 1.0}
+    options |= {"sampler": "euler"}
+    request = {"prompt": "sleep", "batch": 1, "width": 8, "height": 8, "steps": 1, "sigmas": [1.0, 0.0]}
+    process = subprocess.Popen(
+        [python, str(peer_worker.PROGRAM), "stable-diffusion-cpp", json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert json.loads(process.stdout.readline()) == {"ready": True}
+        process.stdin.write(json.dumps({**request, "seed": 0}).encode() + b"\n")
+        process.stdin.close()
+        assert process.wait(60) == 0
+        assert process.stdout.read() == b"", "the picture would take an hour"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_networks_that_stable_diffusion_cpp_has_not_built_in() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from allaprima.benchmarks import plots
+from allaprima.benchmarks.comparison import missing
 from allaprima.benchmarks.page import write_report
 from allaprima.benchmarks.plan import Work
 from allaprima.benchmarks.plots import looks_of, plot_all
+from allaprima.benchmarks.report import RESULTS
 from allaprima.benchmarks.result import SCHEMA, Result, read, turn_to_json, write
 from allaprima.benchmarks.roofline import points
 from allaprima.benchmarks.summary import against, costs, fits, rows
@@ -59,6 +61,7 @@ def test_a_turn_in_a_result() -> None:
         for work in (*works, *works)
     ]
     found = turn_to_json(Turn(1, 0.2, 3, None, pictures, True))
+    assert found["warm_up"] == []
     assert [entry["steps"] for entry in found["pictures"]] == [2, 4]
     assert found["pictures"][1] == {
         "batch": 1,
@@ -105,6 +108,71 @@ def test_the_roofline(result: Result) -> None:
     assert slow.rate == pytest.approx(quick.rate / 2)
     result["rates"][0]["bandwidth"] = 1e8
     assert points(result)[0].limit == pytest.approx(1e9)
+
+
+def test_onnx_runtime_computes_fp16_graphs_in_fp32_on_a_cpu(result: Result) -> None:
+    for each in (result["contestants"]["quick"], result["rates"][0]):
+        each["precision"] = "fp16"
+    (quick,) = (each for each in points(result) if each.contestant == "quick")
+    assert quick.intensity == 10.0, "four bytes a number"
+    for each in (result["contestants"]["quick"], result["rates"][0]):
+        each["backend"] = "openvino"
+    (quick,) = (each for each in points(result) if each.contestant == "quick")
+    assert quick.intensity == 20.0
+
+
+def test_loading_and_warming_up(result: Result, tmp_path: Path) -> None:
+    (*_, slow) = costs(result)
+    assert slow.warm_up is None, "a result of before knows none"
+    for number, turn in enumerate(result["contestants"]["slow"]["turns"]):
+        turn["warm_up"] = [2.0 + number, 10.0]
+    assert [each.warm_up for each in costs(result)] == [None, 13.0]
+    text = write_report(result, tmp_path)[0].read_text(encoding="utf-8")
+    assert "| quick | 0.50 | – | 100.0 MB | – |" in text
+    assert "| slow | 0.50 | 13.00 | 100.0 MB | – |" in text
+    assert "in each of 2 shapes, together" in text
+
+
+def test_every_one_of_ours_is_held_against_every_peer(result: Result, tmp_path: Path) -> None:
+    ours, peer = result["contestants"]["quick"], result["contestants"].pop("slow")
+    result["contestants"] |= {"quick-fixed": copy.deepcopy(ours), "peer": {**peer, "bundle": None}}
+    text = write_report(result, tmp_path)[0].read_text(encoding="utf-8")
+    heads = re.findall(r"latency over (\S+) ", text)
+    assert heads == ["quick", "quick-fixed"]
+    first, second = text.split("latency over quick-fixed ")
+    assert "| quick-fixed | 8 steps, batch 1, 64x64 | 1.00" in first
+    assert "| peer | 8 steps, batch 1, 64x64 | 2.00" in first
+    assert "| peer | 8 steps, batch 1, 64x64 | 2.00" in second
+    assert "| quick | 8 steps, batch 1, 64x64 | 1.00" not in second
+
+
+def test_what_seems_wrong_stands_first(result: Result, tmp_path: Path) -> None:
+    result["notes"] = ["it is not the checkpoint"]
+    result["contestants"]["slow"]["versions"] = {"python": "3.11", "torch": "2.8"}
+    text = write_report(result, tmp_path)[0].read_text(encoding="utf-8")
+    assert text.index("> **Note:** it is not the checkpoint.") < text.index("| contestant |")
+    assert "slow ran beside python 3.11, torch 2.8." in text
+
+
+def test_likeness_in_every_configuration(result: Result, tmp_path: Path) -> None:
+    shape = {"batch": 1, "width": 64, "height": 64}
+    found = [
+        {**shape, "steps": steps, "psnr": psnr, "ssim": {}, "other": []}
+        for steps, psnr in ((1, {"slow": 50.0}), (8, {"slow": 41.5, "late": 30.0}))
+    ]
+    result["quality"] = {**found[1], "reference": "quick", "configurations": found}
+    text = write_report(result, tmp_path)[0].read_text(encoding="utf-8")
+    assert "PSNR to quick in all configurations" in text
+    assert "| 1 step, batch 1, 64x64 | 50.0 dB | – |" in text
+    assert "| 8 steps, batch 1, 64x64 | 41.5 dB | 30.0 dB |" in text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/result.json")), ids=lambda path: path.parent.name)
+def test_committed_results_are_still_read_and_shown(path: Path, tmp_path: Path) -> None:
+    found = read(path)
+    text = write_report(found, tmp_path)[0].read_text(encoding="utf-8")
+    assert all(f"| {name} |" in text for name, each in found["contestants"].items() if each["turns"])
+    assert missing(found, found) == ([], [])
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The ways of asking, with a clock that is made up: every latency is known."""
 
 import math
+import queue
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +127,28 @@ def test_loadgens_summary() -> None:
     )
     alone = loadgen.read_summary(SUMMARY.replace("Completed samples per second", "Something else"))
     assert alone["throughput"] == pytest.approx(1 / 0.015071887)
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ([[1, 2, 3, 4, 5, 6]], [2, 2, 2]),
+        ([[1, 2, 3], [4]], [2, 2]),
+        ([[1], [2], [3]], [2, 1]),
+        ([[1, 2, 3]], [2, 1]),
+        ([], []),
+    ],
+)
+def test_what_was_asked_at_once_is_painted_in_full_batches(asked: list[list[int]], wanted: list[int]) -> None:
+    waiting: loadgen.Waiting = queue.SimpleQueue()
+    for samples in (*asked, None):
+        waiting.put(samples)
+    painted: list[int] = []
+    done: list[int] = []
+    library = SimpleNamespace(QuerySamplesComplete=done.extend, QuerySampleResponse=lambda name, *_: name)
+    loadgen._paint_all(painted.append, waiting, 2, library)
+    assert painted == wanted
+    assert done == [sample for samples in asked for sample in samples]
 
 
 @pytest.mark.parametrize("scenario", ["single-stream", "offline", "server"])

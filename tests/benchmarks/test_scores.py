@@ -19,7 +19,7 @@ from allaprima.benchmarks.captions import (
     read_captions,
 )
 from allaprima.benchmarks.contestants import Contestant, Painted
-from allaprima.benchmarks.plan import Settings, Work
+from allaprima.benchmarks.plan import Plan, Settings, Work, grid
 from allaprima.benchmarks.quality import choose_reference, compare_pictures, picture_name
 from allaprima.benchmarks.scores import HEAD, list_pictures, rows, score_captions, score_fidelity
 from allaprima.bundle import RequestError
@@ -45,9 +45,6 @@ class Painter:
         return Painted([Image.fromarray(pixels)])
 
     def host_memory(self) -> int | None:
-        return None
-
-    def device_memory(self) -> int | None:
         return None
 
     def close(self) -> None:
@@ -86,6 +83,30 @@ def test_a_run_that_was_cut_short_goes_on_and_another_one_begins_anew(tmp_path: 
     assert len(list(paint_captions(job(tmp_path, steps=5, settings=replace(SETTINGS, sampler="ddim"))))) == 3
 
 
+def test_pictures_of_another_model_are_painted_again(tmp_path: Path) -> None:
+    bundle, checkpoint = tmp_path / "bundle", tmp_path / "checkpoint"
+    for folder, name in ((bundle, "bundle.json"), (checkpoint, "weights")):
+        folder.mkdir()
+        (folder / name).write_text("1")
+    one = replace(contestant("one"), bundle=str(bundle), checkpoint=checkpoint, versions={"peer": "1.0"})
+    asked = job(tmp_path / "pictures", contestant=one)
+    assert len(list(paint_captions(asked))) == 3
+    assert list(paint_captions(asked)) == []
+    (bundle / "bundle.json").write_text("2")
+    assert len(list(paint_captions(asked))) == 3
+    (checkpoint / "weights").write_text("other")
+    assert len(list(paint_captions(asked))) == 3
+    newer = replace(asked, contestant=replace(one, versions={"peer": "1.1"}))
+    assert len(list(paint_captions(newer))) == 3
+    assert list(paint_captions(newer)) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot be written"):
+        list(paint_captions(job(tmp_path / "file" / "one")))
+
+
 def test_captions_of_files(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("a cat\n\n  a dog \n")
     (tmp_path / "coco.tsv").write_text('id\tcaption\tseed\n1\ta "big" cat\t4\n2\ta dog\t5\n')
@@ -98,8 +119,10 @@ def test_files_without_captions(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "other.tsv").write_text("id\ttext\n1\ta\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "short.tsv").write_text("id\tcaption\n1\ta cat\n2\n")
     for name, message in {
         "empty.txt": "has no captions",
+        "short.tsv": "has no caption in line 3",
         "other.tsv": "has no column 'caption'",
         "bytes.txt": "cannot be read",
         "none.txt": "cannot be read",
@@ -161,14 +184,40 @@ def test_one_picture_is_compared(tmp_path: Path) -> None:
         contestant("other", same=False),
         contestant("absent"),
     ]
-    found = compare_pictures(field, work, tmp_path)
+    plan = Plan((work,), SETTINGS, 1, 1)
+    found = compare_pictures(field, plan, tmp_path)
+    assert (found["batch"], found["steps"]) == (1, 4)
     assert found["reference"] == "diffusers-fp32"
     assert found["psnr"]["first"] == pytest.approx(48.13, abs=0.01)
     assert set(found["psnr"]) == set(found["ssim"]) == {"first", "half"}
     assert found["ssim"]["half"] < found["ssim"]["first"] < 1
     assert found["other"] == ["other"]
-    assert compare_pictures(field[2:], work, tmp_path) == {}
+    assert compare_pictures(field[2:], plan, tmp_path) == {}
     assert choose_reference(field[2:4]) is None
+
+
+def test_every_configuration_is_compared(tmp_path: Path) -> None:
+    works = grid((1, 20), ((16, 16),), (1, 2))
+    plan = Plan(works, SETTINGS, 1, 1)
+    field = [contestant("a"), contestant("b", "bf16"), contestant("c", "bf16")]
+    for each, colour in zip(field, (100, 101, 110), strict=True):
+        (tmp_path / each.name).mkdir()
+        for work in works if each.name != "c" else works[:1]:
+            shade = colour + work.steps * (each.name == "b")
+            Image.new("RGB", (16, 16), (shade,) * 3).save(tmp_path / each.name / picture_name(work))
+    found = compare_pictures(field, plan, tmp_path)
+    assert [(each["batch"], each["steps"], set(each["psnr"])) for each in found["configurations"]] == [
+        *((1, 1, {"b", "c"}), (1, 20, {"b"}), (2, 1, {"b"}), (2, 20, {"b"})),
+    ]
+    at_one, at_twenty = (each["psnr"]["b"] for each in found["configurations"][:2])
+    assert at_one > at_twenty + 10
+    assert (found["batch"], found["steps"], found["psnr"]) == (1, 20, {"b": at_twenty})
+    (tmp_path / "a" / picture_name(works[1])).unlink()
+    found = compare_pictures(field, plan, tmp_path)
+    assert (found["batch"], found["steps"]) == (1, 1), "of an interrupted run, what there is"
+    (tmp_path / "b" / picture_name(works[0])).write_text("no picture")
+    with pytest.raises(RequestError, match="cannot be read as a picture"):
+        compare_pictures(field, plan, tmp_path)
 
 
 def test_fidelity_needs_both_halves(tmp_path: Path) -> None:
@@ -176,7 +225,8 @@ def test_fidelity_needs_both_halves(tmp_path: Path) -> None:
         score_fidelity([], [], inception=tmp_path, reference=None, clip=None)
     with pytest.raises(RequestError, match="no folder with pictures"):
         list_pictures(tmp_path)
-    found = score_fidelity([tmp_path], ["a"], inception=None, reference=None, clip=None)
+    assert "mlperf_sdxl" not in score_fidelity([], [], inception=None, reference=None, clip=None)
+    found = score_fidelity([tmp_path], ["a"], inception=None, reference=None, clip=None, gate=True)
     assert found["mlperf_sdxl"] == {
         "passed": None,
         "reason": "the gate of MLPerf Inference, Stable Diffusion XL is for 5000 pictures, not 1",

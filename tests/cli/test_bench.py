@@ -95,6 +95,61 @@ def test_the_exit_code_of_compare(allaprima: Allaprima, results: Callable[..., P
     assert (quiet.code, quiet.out) == (1, "")
 
 
+def test_what_the_second_result_lacks_counts_as_worse(
+    allaprima: Allaprima, results: Callable[..., Path]
+) -> None:
+    from allaprima.benchmarks.result import read, write
+
+    whole = read(results("whole", 1.0))
+    whole["contestants"]["b"] = whole["contestants"]["a"]
+    first = write(results("first", 1.0).parent, whole)
+    second = results("second", 1.0)
+    result = read(second)
+    result["absent"]["b"] = "RuntimeError: it crashed"
+    write(second.parent, result)
+    outcome = allaprima("bench", "compare", str(first), str(second))
+    assert outcome.code == 1
+    assert "the second result lacks b at 4 steps, batch 1, 64x64: RuntimeError: it crashed" in outcome.err
+    assert "slower" not in outcome.out
+    back = allaprima("bench", "compare", str(second), str(first))
+    assert back.code == 0
+    assert "the first result lacks b at 4 steps" in back.err
+    told = json.loads(allaprima("bench", "compare", str(first), str(second), "--json").out)["missing"]
+    assert (told["first"], [each["contestant"] for each in told["second"]]) == ([], ["b"])
+
+
+def test_compare_against_a_contestant(allaprima: Allaprima, results: Callable[..., Path]) -> None:
+    from allaprima.benchmarks.result import read, write
+
+    paths = []
+    for name, factor in (("first", 1.0), ("second", 1.5)):
+        result = read(results(name, factor))
+        result["contestants"]["peer"] = read(results(f"{name}-peer", 2 * factor))["contestants"]["a"]
+        paths.append(str(write(results(name, factor).parent, result)))
+    assert allaprima("bench", "compare", *paths).code == 1
+    fair = allaprima("bench", "compare", *paths, "--against", "peer")
+    assert fair.code == 0
+    assert "latency over peer, ratio" in fair.out
+    refused = allaprima("bench", "compare", *paths, "--against", "nobody")
+    assert refused.code == 2
+    assert "against is 'nobody'" in refused.err
+
+
+@pytest.mark.parametrize(("error", "why"), [(MemoryError("no more"), "MemoryError: no more")])
+def test_a_run_that_fails_is_kept_and_told(
+    allaprima: Allaprima, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, why: str
+) -> None:
+    def fail(self: Any, measured: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("allaprima.benchmarks.harness.Harness.run", fail)
+    with pytest.raises(type(error)):
+        allaprima("bench", "shapes", "--steps", "1", *TINY, "-o", str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["complete"], result["stopped"]) == (False, f"it failed: {why}")
+    assert f"it failed: {why}" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_what_compare_refuses(allaprima: Allaprima, results: Callable[..., Path], tmp_path: Path) -> None:
     first, other = results("first", 1.0), results("other", 1.0, contestant="b")
     older = tmp_path / "older.json"

@@ -2,12 +2,15 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 from PIL import Image
+
+from allaprima.benchmarks import fidelity
 
 from .conftest import Allaprima
 
@@ -62,20 +65,59 @@ def test_pictures_of_a_folder(allaprima: Allaprima, pictures: Path, inception: P
             ("--pictures", "{pictures}", "--clip", "x", "--texts", "{short}"),
             "3 pictures have only 1 captions",
         ),
+        (
+            ("--pictures", "{torn}", "--inception", "{inception}", "--reference", "{pictures}"),
+            "torn.png cannot be read as a picture",
+        ),
         (("--captions", "0"), "captions is 0"),
+        (("--precision", "fp32", "--backend", "ort"), "nothing could be scored: allaprima-ort-fp32: onnxr"),
         (("--peer-python", "optimum-onnx"), "write NAME=PYTHON"),
         (("--peer-python", "nobody=python"), "NAME one of diffusers"),
     ],
 )
 def test_bad_requests(
-    allaprima: Allaprima, pictures: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    allaprima: Allaprima,
+    pictures: Path,
+    inception: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     (tmp_path / "short.txt").write_text("one\n")
-    places = {"pictures": pictures, "short": tmp_path / "short.txt"}
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "torn.png").write_bytes((pictures / "0.png").read_bytes()[:60])
+    places = {"pictures": pictures, "short": tmp_path / "short.txt", "torn": tmp_path / "torn"}
+    places |= {"inception": inception}
     given = [argument.format(**places) for argument in arguments]
     outcome = allaprima("bench", "quality", *given, "-o", str(tmp_path / "out"), "--threads", "1")
     assert outcome.code != 0
     assert message in " ".join(outcome.err.split())
+
+
+def test_a_folder_that_cannot_be_written(allaprima: Allaprima, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = allaprima("bench", "quality", "shapes", "--captions", "1", "-o", str(tmp_path / "file" / "out"))
+    assert outcome.code == 2
+    assert "cannot be written" in outcome.err
+
+
+def test_mlperfs_gate_is_for_who_asks(
+    allaprima: Allaprima, pictures: Path, inception: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures of any model may be as many as it takes."""
+    monkeypatch.setattr(fidelity, "MLPERF_SDXL", replace(fidelity.MLPERF_SDXL, samples=3))
+    (pictures.parent / "texts.txt").write_text("a\n" * 3)
+    arguments = ["bench", "quality", "--pictures", str(pictures), "--inception", str(inception)]
+    arguments += ["--reference", str(pictures), "--texts", str(pictures.parent / "texts.txt")]
+    silent = allaprima(*arguments)
+    assert (silent.code, silent.err) == (0, "")
+    asked = allaprima(*arguments, "--mlperf")
+    assert asked.code == 0, "it could not be judged"
+    assert "pictures: not judged: the gate of MLPerf Inference, Stable Diffusion XL needs" in asked.err
+    monkeypatch.setattr(fidelity, "judge", lambda gate, count, fid, clip: (False, "FID is outside"))
+    failed = allaprima(*arguments, "--mlperf")
+    assert failed.code == 1
+    assert "fails MLPerf's gate: FID is outside" in failed.err
 
 
 def test_our_own_pictures_are_judged(
