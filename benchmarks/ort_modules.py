@@ -24,6 +24,7 @@ class Graph:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # as in ours
         for name, size in _free_dimensions(path, fixed).items():
             options.add_free_dimension_override_by_name(name, size)
         providers: list[Any] = ["CPUExecutionProvider"]

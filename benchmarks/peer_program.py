@@ -36,6 +36,7 @@ def open_optimum_onnx(options: Options) -> Paint:
 
     torch.set_num_threads(1)
     session = onnxruntime.SessionOptions()
+    session.add_session_config_entry("session.force_spinning_stop", "1")  # as in ours
     session.intra_op_num_threads = options["threads"]
     kind = getattr(optimum, "ORT" + _pipeline(options["folder"]))
     pipeline = kind.from_pretrained(options["folder"], session_options=session)
