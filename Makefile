@@ -86,21 +86,21 @@ tiny: $(VENV)/.dev
 # Contestants take turns within a group, so all that are to be compared are in it.
 BENCH_GPU = $(RUN_GPU) -m allaprima.cli bench $(MODEL) --backend $(BACKENDS) --precision fp16 \
 	$(if $(CHECKPOINT_OF_MODEL),--checkpoint $(CHECKPOINT_OF_MODEL)) \
-	--output benchmarks/results/gpu-$(notdir $(MODEL))-$(@:bench-gpu-%=%) $(ARGS)
+	--output benchmarks/results/gpu-$(notdir $(MODEL))-$(@:bench-gpu-%=%)
 
 bench-gpu: bench-gpu-steps bench-gpu-batch bench-gpu-compile bench-gpu-cold
 
 bench-gpu-steps: $(GPU_READY)
-	$(BENCH_GPU) --vs diffusers --steps 1,4,8,20,30,50 --cold 0
+	$(BENCH_GPU) --vs diffusers --steps 1,4,8,20,30,50 --cold 0 $(ARGS)
 
 bench-gpu-batch: $(GPU_READY)
-	$(BENCH_GPU) --vs diffusers --steps 4,20 --batch 4,8 --cold 0 --no-roofline
+	$(BENCH_GPU) --vs diffusers --steps 4,20 --batch 4,8 --cold 0 --no-roofline $(ARGS)
 
 bench-gpu-compile: $(GPU_READY)
-	$(BENCH_GPU) --vs diffusers-compile --steps 4,20,50 --rounds 2 --cold 0 --no-roofline
+	$(BENCH_GPU) --vs diffusers-compile --steps 4,20,50 --rounds 2 --cold 0 --no-roofline $(ARGS)
 
 bench-gpu-cold: $(GPU_READY)
-	$(BENCH_GPU) --vs diffusers --steps 4 --rounds 1 --repeats 1 --cold 3 --no-roofline
+	$(BENCH_GPU) --vs diffusers --steps 4 --rounds 1 --repeats 1 --cold 3 --no-roofline $(ARGS)
 
 $(GPU)/.ready: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU)

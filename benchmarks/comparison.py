@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from allaprima.benchmarks.arithmetic import Interval, ratio_of_runs
+from allaprima.benchmarks.contestants import PEERS
 from allaprima.benchmarks.plan import Work
 from allaprima.benchmarks.result import Result
 from allaprima.benchmarks.summary import rows
@@ -59,8 +60,20 @@ def _missing(
 
 def _reason(contestant: str, absent: Mapping[str, str]) -> str:
     """Why it is not there; of a library that nobody could make ready, what was said of "NAME" at all."""
-    asked = (name for name in absent if contestant.startswith(f"{name.partition(':')[0]}-"))
+    owners = (peer for peer in PEERS if contestant.startswith(f"{peer}-"))
+    owner = max(owners, key=len, default=None)
+    asked = (name for name in absent if name.partition(":")[0] == owner)
     return absent.get(contestant) or absent.get(next(asked, ""), "")
+
+
+def unjudged(before: Result, after: Result, against: str) -> list[str]:
+    """What both results have, but without the contestant that it is to be divided by."""
+    sides = [dict.fromkeys((row.contestant, row.work) for row in rows(each)) for each in (before, after)]
+    return [
+        f"{name} at {work}: {against} was not measured in it"
+        for name, work in sides[0]
+        if (name, work) in sides[1] and not all((against, work) in side for side in sides)
+    ]
 
 
 def compare(

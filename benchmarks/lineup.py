@@ -15,7 +15,6 @@ from allaprima.benchmarks.plan import Plan, Settings, Work, grid
 from allaprima.benchmarks.process import in_new_process, reason_of
 from allaprima.benchmarks.quality import choose_reference
 from allaprima.bundle import (
-    AllaprimaError,
     BackendError,
     Bundle,
     RequestError,
@@ -103,7 +102,7 @@ def _reference(contestants: Sequence[Contestant], field: Field) -> Contestant | 
 
     if choose_reference(contestants) is not None:
         return None
-    with suppress(AllaprimaError):
+    with suppress(Exception):  # it is a help, and its lack is told where pictures are compared
         return peer_diffusers.reference(field)
     return None
 
@@ -116,14 +115,17 @@ def _doubts(bundle: Bundle, checkpoint: Path | None) -> tuple[str, ...]:
     try:
         unet = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return (f"{path} cannot be read: {error}",)
+        return (f"{path.relative_to(path.parents[2])} cannot be read: {error}",)
+    if not isinstance(unet, dict):
+        return (f"{path.relative_to(path.parents[2])} is no configuration of a UNet",)
     latents, texts = bundle.manifest.latent.channels, _text_width(bundle)
     found = []
     if latents not in (unet.get("in_channels", 4), unet.get("out_channels", 4)):  # inpainting reads more
         found.append(f"{unet.get('in_channels', 4)} channels of latents, the bundle {latents}")
-    if texts is not None and texts != (width := unet.get("cross_attention_dim", 1280)):
+    width = unet.get("cross_attention_dim", 1280)
+    if texts is not None and isinstance(width, int) and width != texts:
         found.append(f"text embeddings of width {width}, the bundle of {texts}")
-    begin = f"{checkpoint} is not the checkpoint of {bundle.manifest.name}: it has"
+    begin = f"{checkpoint.name} is not the checkpoint of {bundle.manifest.name}: it has"
     end = "other libraries paint with another model, so give --checkpoint DIR of the bundle's"
     return tuple(f"{begin} {each}; {end}" for each in found)
 

@@ -122,7 +122,8 @@ def _write(options: argparse.Namespace, backend: str, command: str, uses: list[U
     model = options.bundle.absolute().name
     precision = options.precision or "its own precision"
     title = f"{model} with {backend} in {precision}, one picture of {options.size} with guidance."
-    columns = ("component", "reckoned", "resident", "of it mapped", "left after unload", "seconds to load and run")
+    columns = ["component", "reckoned", "resident", "of it mapped", "left after unload"]
+    columns += ["seconds to load and run"]
     rows = [
         (
             use.component,

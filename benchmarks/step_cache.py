@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("bundle", nargs="?", type=Path, help="another one, to be timed only")
     parser.add_argument("--size", type=parse_size, help="of its pictures (the model's own)")
-    parser.add_argument("--rounds", type=int, default=3, help="of its pictures, intervals in turn (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of another bundle, intervals in turn (3)")
     parser.add_argument("--count", type=int, default=300, help="how many held-out captions (300)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (20)")
     parser.add_argument("--intervals", type=int, nargs="+", default=list(INTERVALS), help="the first: 1")
@@ -283,7 +283,7 @@ def _time(options: argparse.Namespace, command: str) -> str:
         ratios = [one / other for one, other in zip(seconds[1], mine, strict=True)]
         spread_of = f"{min(ratios):.2f} to {max(ratios):.2f}" if interval > 1 else "–"
         median = statistics.median
-        rows.append([str(interval), f"{median(mine):.1f}", f"{median(ratios):.2f}", spread_of])
+        rows.append([str(interval), f"{median(mine):.3g}", f"{median(ratios):.2f}", spread_of])
     size = "its own size" if options.size is None else f"{width}x{height}"
     lines = [
         f"{model}: one picture of {size} in {options.steps} steps with guidance, {what}, intervals in turn, "

@@ -1,6 +1,7 @@
 """The contract between export, build and run: manifest, files on disk, errors. Standard library only."""
 
 from allaprima.bundle.engines import (
+    ENGINE_VERSION,
     STREAMING,
     Engine,
     EngineFile,
@@ -51,6 +52,7 @@ from allaprima.bundle.store import (
 from allaprima.bundle.version import VERSION
 
 __all__ = [
+    "ENGINE_VERSION",
     "SCHEMA",
     "STREAMING",
     "VERSION",

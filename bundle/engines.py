@@ -33,6 +33,11 @@ _OURS = re.compile(r"\.?[\w-]+-[0-9a-f]{24}(\.\w+\.partial)?", re.ASCII)
 """Names of engines' folders, finished or not. The cache may be a folder in which other things live too."""
 
 
+ENGINE_VERSION = f"{VERSION}.2"
+"""Allaprima's version, and a number that is raised when engines are made in another way than before: those
+of a cache are then made anew."""
+
+
 @dataclass(frozen=True)
 class EngineKey(Record):
     """Everything that can change an engine. Two engines with the same key are interchangeable.
@@ -116,7 +121,7 @@ def engine_key(
     inside = "".join(graph.rpartition("/")[:2])
     files = {path: entry.sha256 for path, entry in bundle.manifest.files.items() if path.startswith(inside)}
     return EngineKey(
-        component, files, backend, backend_version, device, precision, profiles, flags or {}, VERSION
+        component, files, backend, backend_version, device, precision, profiles, flags or {}, ENGINE_VERSION
     )
 
 

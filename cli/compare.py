@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int | None:
     """Compare; exit code 1 if the second is slower, or lacks what the first has."""
-    from allaprima.benchmarks.comparison import SLOWER, compare, differences, missing
+    from allaprima.benchmarks.comparison import SLOWER, compare, differences, missing, unjudged
     from allaprima.benchmarks.result import read
 
     if len(options.words) != 3:
@@ -54,11 +54,13 @@ def run(options: argparse.Namespace) -> int | None:
     against = options.against
     verdicts = compare(before, after, level=options.level, tolerance=options.tolerance, against=against)
     notes, (lost, gained) = differences(before, after), missing(before, after)
+    left_out = [] if against is None else unjudged(before, after, against)
     if options.json:
         print_json(
             {
                 "verdicts": [_verdict_to_json(each) for each in verdicts],
                 "differences": notes,
+                "unjudged": left_out,
                 "missing": {
                     "second": [asdict(each) for each in lost],
                     "first": [asdict(each) for each in gained],
@@ -67,6 +69,7 @@ def run(options: argparse.Namespace) -> int | None:
         )
     elif not options.quiet:
         print_warnings(f"the results differ in {note}" for note in notes)
+        print_warnings(f"not compared: {each}" for each in left_out)
         for number, found in (("second", lost), ("first", gained)):
             print_warnings(f"the {number} result lacks {_words(each)}" for each in found)
         ratio = "latency, ratio" if against is None else f"latency over {against}, ratio"

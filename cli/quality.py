@@ -127,7 +127,7 @@ def _paint_and_score(
         )
     scores = score_captions(lineup.contestants, wanted, pictures)
     for name, figures in scores.items():
-        if options.mlperf or options.inception is not None or options.clip is not None:
+        if options.mlperf or lineup.sdxl or options.inception is not None or options.clip is not None:
             figures |= score_fidelity(
                 places(pictures / name, wanted),
                 [caption.text for caption in wanted],

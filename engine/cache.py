@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from allaprima.bundle import VERSION, BackendError, Engine, cache_folder, engines
+from allaprima.bundle import ENGINE_VERSION, BackendError, Engine, cache_folder, engines
 from allaprima.engine.build import is_being_built
 from allaprima.engine.timing import timing_caches
 from allaprima.runtime.backends import BackendInfo, backends
@@ -88,7 +88,7 @@ def _stale_version(backend: str, made: str) -> str:
 
 
 def _stale_allaprima(engine: Engine) -> str:
-    return "" if engine.key.allaprima == VERSION else f"built by allaprima {engine.key.allaprima}"
+    return "" if engine.key.allaprima == ENGINE_VERSION else f"built by allaprima {engine.key.allaprima}"
 
 
 def _size(folder: Path) -> int:

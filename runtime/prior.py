@@ -148,13 +148,15 @@ class Prior:
 
     def unload(self) -> None:
         """Let go of all buffers."""
-        self._denoiser = None
+        if self._denoiser is not None:
+            self._denoiser[1].retire()
+            self._denoiser = None
 
     def _prepare(self, lanes: int, branches: int) -> Denoiser:
         """The step of this many lanes: the last one if it fits, for its buffers."""
         key = lanes, branches
         if self._denoiser is None or self._denoiser[0] != key:
-            self._denoiser = None
+            self.unload()
             shape = lanes, len(self.settings.mean), 1, 1
             denoiser = Denoiser(
                 self._session, shape, branches=branches, history=self._history, length=self._length

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allaprima.bundle import Bundle
+from allaprima.bundle import BackendError, Bundle
 from allaprima.runtime.components import Components
 from allaprima.runtime.memory import HostMemory
 from allaprima.runtime.painting import Shape
@@ -43,10 +43,17 @@ class Staging:
         shape = Shape(settings.height, settings.width, settings.branches, length)
         key = (shape, settings.num_images, cached)
         if key not in self._denoisers:
-            session = self._components.open(DEEP if cached else DENOISER)
-            one = self._components.limited or isinstance(session.memory, HostMemory)
-            self._keep(0 if one else KEPT - 1)  # first, so that old and new buffers never exist together
-            self._denoisers[key] = self.make_denoiser(shape, settings.num_images, cached=cached)
+            on_host = isinstance(self._components.sessions[DENOISER].memory, HostMemory)
+            # First, so that old and new buffers do not exist together where one denoiser is kept.
+            self._keep(0 if on_host or self._components.limited else KEPT - 1)
+            try:
+                made = self.make_denoiser(shape, settings.num_images, cached=cached)
+            except BackendError:
+                if not self._denoisers:
+                    raise
+                self._keep(0)  # what the others hold may be the memory that it lacks
+                made = self.make_denoiser(shape, settings.num_images, cached=cached)
+            self._denoisers[key] = made
         self._denoisers[key] = self._denoisers.pop(key)
         return self._denoisers[key]
 

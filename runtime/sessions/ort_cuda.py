@@ -116,6 +116,17 @@ class OrtGpuDriver(GpuDriver):
         return found
 
 
+_NEEDED = (
+    "libcudart.so.*",
+    "libcublasLt.so.*",
+    "libcublas.so.*",
+    "libnvrtc.so.*",
+    "libcufft.so.*",
+    "libcudnn*.so.*",
+)
+"""Libraries of NVIDIA's wheels, what others need first. Loaded by path, they come before the system's."""
+
+
 @functools.cache
 def _load(library: str) -> None:
     """Load a provider's library, and those of NVIDIA's wheels that it needs, wherever they are installed.
@@ -127,9 +138,11 @@ def _load(library: str) -> None:
 
     found = importlib.util.find_spec("nvidia")
     roots = () if found is None else found.submodule_search_locations or ()
+    for pattern in _NEEDED:
+        for path in (path for root in roots for path in sorted(Path(root).glob(f"*/lib/{pattern}"))):
+            with contextlib.suppress(OSError):  # what is missing is told below
+                ctypes.CDLL(str(path))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-        for folder in (folder for root in roots for folder in sorted(Path(root).glob("*/lib"))):
-            onnxruntime.preload_dlls(directory=str(folder))
         onnxruntime.preload_dlls()
     windows = sys.platform == "win32"
     name = f"onnxruntime_providers_{library}.dll" if windows else f"libonnxruntime_providers_{library}.so"

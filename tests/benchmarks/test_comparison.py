@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from allaprima.benchmarks import comparison
 from allaprima.benchmarks.comparison import (
     FASTER,
     SAME,
@@ -13,6 +14,7 @@ from allaprima.benchmarks.comparison import (
     compare,
     differences,
     missing,
+    unjudged,
 )
 from allaprima.benchmarks.result import Result
 from allaprima.bundle import RequestError
@@ -91,13 +93,14 @@ def test_what_only_one_result_has_is_listed(result: Result) -> None:
     assert missing(result, other)[0][1].reason == ""
 
 
-def test_why_a_library_was_not_there_at_all(result: Result) -> None:
+def test_why_a_library_was_not_there_at_all(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reason stands under the name that was asked for, its contestants have a precision in theirs."""
+    monkeypatch.setattr(comparison, "PEERS", ("pee", "peer"))
     other = copy.deepcopy(result)
     result["contestants"]["peer-bf16"] = result["contestants"].pop("slow")
     del other["contestants"]["slow"]
     for name in ("peer", "peer:bf16"):
-        other["absent"] = {name: "it is not installed"}
+        other["absent"] = {name: "it is not installed", "pee": "another", "peer-bf": "another"}
         assert [each.reason for each in missing(result, other)[0]] == ["it is not installed"]
 
 
@@ -128,6 +131,16 @@ def test_against_somebody_who_was_not_measured(result: Result) -> None:
         compare(result, other, against="slow")
     with pytest.raises(RequestError, match="no configuration in common"):
         compare(other, other, against="quick")
+
+
+def test_what_cannot_be_divided_is_told(result: Result) -> None:
+    other = copy.deepcopy(result)
+    for turn in other["contestants"]["slow"]["turns"]:
+        turn["pictures"] = turn["pictures"][:2]
+    assert unjudged(result, result, "slow") == []
+    (told,) = unjudged(result, other, "slow")
+    assert told.startswith("quick at 8 steps")
+    assert told.endswith(": slow was not measured in it")
 
 
 def test_nothing_in_common(result: Result) -> None:

@@ -77,10 +77,11 @@ def test_another_bundle_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "**Not like for like**" in page
 
 
-def test_a_bundle_without_cached_steps(tmp_path: Path) -> None:
+def test_a_bundle_without_cached_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Pipeline.open("shapes", backend="ort").bundle.folder
     with pytest.raises(SystemExit):
         step_cache.main([str(folder), "--steps", "2", "--rounds", "1", "--results", str(tmp_path)])
+    assert "--step-cache" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

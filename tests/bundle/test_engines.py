@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from allaprima.bundle import (
-    VERSION,
+    ENGINE_VERSION,
     Bundle,
     BundleError,
     Component,
@@ -29,7 +29,9 @@ from allaprima.bundle.errors import BuildError
 
 WriteBundle = Callable[..., Path]
 
-KEY = EngineKey("denoiser", {"denoiser/model.onnx": "0" * 64}, "ort", "1", "x86_64", "fp32", (), {}, VERSION)
+KEY = EngineKey(
+    "denoiser", {"denoiser/model.onnx": "0" * 64}, "ort", "1", "x86_64", "fp32", (), {}, ENGINE_VERSION
+)
 
 
 def seal(key: EngineKey = KEY, cache: Path | None = None, data: bytes = b"engine") -> Engine:
@@ -69,7 +71,7 @@ def test_key_says_what_the_bundle_says(bundle: Bundle) -> None:
     key = key_of(bundle)
     assert set(key.graph) == {"denoiser/model.onnx", "denoiser/weights.safetensors"}
     assert key.graph["denoiser/model.onnx"] == bundle.manifest.files["denoiser/model.onnx"].sha256
-    assert (key.component, key.allaprima) == ("denoiser", VERSION)
+    assert (key.component, key.allaprima) == ("denoiser", ENGINE_VERSION)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(EngineKey)])

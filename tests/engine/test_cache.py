@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from allaprima.bundle import VERSION, EngineKey, seal_engine, writing_engine
+from allaprima.bundle import ENGINE_VERSION, EngineKey, seal_engine, writing_engine
 from allaprima.engine import clear, entries, prune
 from allaprima.runtime import backends
 
 HERE = next(info for info in backends() if info.available)
-FRESH = EngineKey("denoiser", {}, HERE.name, HERE.version, HERE.device, "fp32", (), {}, VERSION)
+FRESH = EngineKey("denoiser", {}, HERE.name, HERE.version, HERE.device, "fp32", (), {}, ENGINE_VERSION)
 STALE = {
     "the backend abacus is not installed": replace(FRESH, backend="abacus"),
     f"built with {HERE.name} 0, installed is {HERE.version}": replace(FRESH, backend_version="0"),

@@ -340,6 +340,19 @@ def test_denoisers_of_the_last_shapes_keep_their_graphs(bundle: Bundle, tmp_path
         assert gpu.launches == 6 + 1  # every step of them, and the text encoder's
 
 
+def test_kept_denoisers_make_room(bundle: Bundle, tmp_path: Path) -> None:
+    """What is kept for later never is what a picture lacks."""
+    gpu = LazyGpu()
+    request: dict[str, Any] = {"num_inference_steps": 3, "seed": 1}
+    with open_pipeline(bundle, gpu, tmp_path) as device:
+        wanted = pixels(device.generate("a red circle", height=32, width=64, **request))
+        device.unload()
+        device.generate("a red circle", height=64, width=32, **request)
+        gc.collect()
+        gpu.limit = gpu.used()
+        assert pixels(device.generate("a red circle", height=32, width=64, **request)) == wanted
+
+
 def test_unloaded(bundle: Bundle, tmp_path: Path) -> None:
     gpu = LazyGpu()
     request = {"num_inference_steps": 3, "height": 64, "width": 32, "seed": 1}

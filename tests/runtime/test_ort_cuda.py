@@ -259,15 +259,33 @@ def test_libraries_are_found_wherever_they_are(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The folders of a namespace package, which lie beside onnxruntime or not; nothing is printed."""
-    folders = [tmp_path / site / "nvidia" / part / "lib" for site in "ab" for part in ("cu13", "cudnn")]
-    for folder in folders:
-        folder.mkdir(parents=True)
+    """In the folders of a namespace package, beside onnxruntime or not, before anything else looks."""
+    paths = [
+        tmp_path / site / "nvidia" / part / "lib" / name
+        for site, part, name in (
+            ("b", "cu13", "libcublasLt.so.13"),
+            ("b", "cu13", "libcublas.so.13"),
+            ("a", "cudnn", "libcudnn.so.9"),
+            ("a", "cudnn", "libcudnn_graph.so.9"),
+        )
+    ]
+    for path in [*paths, tmp_path / "a" / "nvidia" / "cudnn" / "lib" / "libother.so.1"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path / site / "nvidia") for site in "ab"])
     monkeypatch.setattr(ort_cuda.importlib.util, "find_spec", {"nvidia": found}.get)
+    loaded: list[str] = []
+
+    def load(path: str) -> None:
+        assert ort.preloaded == [None] * path.endswith(LIBRARY)
+        loaded.append(path)
+        if path == str(paths[0]):
+            raise OSError("not a library")
+
+    monkeypatch.setattr(ort_cuda.ctypes, "CDLL", load)
     ort_cuda._load("cuda")
     ort_cuda._load("cuda")
-    assert ort.preloaded == [*map(str, folders), None]
+    assert loaded[:-1] == [str(path) for path in paths]
     assert capsys.readouterr().out == ""
 
 
