@@ -131,9 +131,10 @@ def _doubts(bundle: Bundle, checkpoint: Path | None) -> tuple[str, ...]:
 
 
 def _text_width(bundle: Bundle) -> int | None:
-    specs = {spec.name: spec for spec in bundle.component("denoiser").inputs}
-    width = specs["encoder_hidden_states"].shape[-1] if "encoder_hidden_states" in specs else None
-    return width if isinstance(width, int) else None
+    """Of all text encoders' states together, which the graph puts side by side."""
+    specs = bundle.component("denoiser").inputs
+    widths = [spec.shape[-1] for spec in specs if spec.name.startswith("encoder_hidden_states")]
+    return sum(width for width in widths if isinstance(width, int)) or None
 
 
 def _in_precision(name: str, field: Field) -> list[Contestant]:

@@ -128,8 +128,12 @@ def test_a_checkpoint_of_another_model_is_doubted(tmp_path: Path) -> None:
     assert "text embeddings of width 768, the bundle of 128" in other.notes[1]
     assert all("give --checkpoint DIR of the bundle's" in note for note in other.notes)
     assert other.reference is None, "its picture would say nothing"
-    config.write_text("{")
-    assert "cannot be read" in line_up(replace(asked, checkpoint=tmp_path), table=True).notes[0]
+    for text, reason in (("{", "cannot be read"), ("[]", "is no configuration of a UNet")):
+        config.write_text(text)
+        (note,) = line_up(replace(asked, checkpoint=tmp_path), table=True).notes
+        assert note.startswith(f"{tmp_path.name}/unet/config.json {reason}")
+    config.write_text('{"in_channels": 4, "out_channels": 4, "cross_attention_dim": [128, 128]}')
+    assert line_up(replace(asked, checkpoint=tmp_path), table=True).notes == ()
 
 
 def test_bad_words() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from allaprima.benchmarks.lineup import Asked, line_up
 from allaprima.bundle import Bundle, RequestError
 from allaprima.cli.main import main
 from allaprima.runtime import Pipeline, read_parameters
@@ -303,3 +304,10 @@ def test_base_and_refiner_from_the_command_line(
     )
     assert psnr(np.asarray(wanted.images[0]), np.asarray(Image.open(output))) > 60
     assert read_parameters(output)["refiner"] == "refiner"
+
+
+def test_a_benchmark_knows_the_checkpoint(xl_bundle: Bundle, xl_checkpoint: Path) -> None:
+    """Its UNet reads the states of both text encoders, side by side."""
+    asked = Asked((str(xl_bundle.folder),), backends=("ort",), checkpoint=xl_checkpoint)
+    found = line_up(asked, table=True)
+    assert (found.sdxl, found.notes) == (True, ())
