@@ -123,6 +123,15 @@ def check_table(table: Table, denoiser: Session) -> None:
             )
 
 
+def _check_version(denoiser: Session, history: int) -> None:
+    width = denoiser.inputs["update"].shape[-1]
+    if width != 4 + history:
+        raise BundleError(
+            f"the bundle's denoiser is of another version of allaprima (its update has {width} columns, "
+            f"not {4 + history}): export the checkpoint again"
+        )
+
+
 class Denoiser:
     """A batch of B lanes, each of which may be at another row of another sampler's table.
 
@@ -160,12 +169,7 @@ class Denoiser:
         Raises BundleError if the session's graph is of an older version, or BackendError if it has other
         shapes.
         """
-        width = session.inputs["update"].shape[-1]
-        if width != 4 + history:
-            raise BundleError(
-                f"the bundle's denoiser is of another version of allaprima (its update has {width} columns, "
-                f"not {4 + history}): export the checkpoint again"
-            )
+        _check_version(session, history)
         lanes, memory = sample[0], session.memory
         state = {"sample": (sample, np.float32), "history": ((history, *sample), np.float32)}
         self._states = memory.allocate(state), memory.allocate(state)
@@ -173,19 +177,18 @@ class Denoiser:
         row = _row_layout(session, lanes, branches, history)
         self._row = memory.allocate(row)
         extents = {"B": lanes, "G": branches, "H": sample[2], "W": sample[3], "L": length}
-        conditions = {
-            name: (spec.resolve(extents), spec.dtype)
-            for name, spec in session.inputs.items()
-            if name not in {*state, *row, "noise"}
-        }
-        self._conditions = memory.allocate(conditions)
+        others = {*state, *row, "noise"}
+        conditions = {name: spec for name, spec in session.inputs.items() if name not in others}
+        self._conditions = memory.allocate(
+            {name: (spec.resolve(extents), spec.dtype) for name, spec in conditions.items()}
+        )
         self.noise: Floats = self._noise.tensors["noise"].array
         self.guidance: Floats = self._row.tensors["guidance"].array
         self.guidance_rescale: Floats | None = (
             self._row.tensors[RESCALE].array if RESCALE in session.inputs else None
         )
         self._history = history
-        self._branched = {name for name in conditions if session.inputs[name].shape[0] == "G*B"}
+        self._branched = {name for name, spec in conditions.items() if spec.shape[0] == "G*B"}
         self.conditions: Mapping[str, Tensor] = {
             name: tensor.reshape(branches, lanes, *tensor.array.shape[1:])
             if name in self._branched
