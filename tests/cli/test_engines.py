@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from allaprima.bundle import (
-    VERSION,
+    ENGINE_VERSION,
     Bundle,
     Engine,
     EngineKey,
@@ -67,7 +67,7 @@ def test_cache_list(allaprima: Allaprima, fresh: EngineKey) -> None:
     assert len(document) == 2
     (ready,) = (entry for entry in document if not entry["stale"])
     assert Path(ready["path"]).name == fresh.folder
-    assert ready["engine"]["key"]["allaprima"] == VERSION
+    assert ready["engine"]["key"]["allaprima"] == ENGINE_VERSION
     table = allaprima("cache", "list").out
     assert fresh.folder in table
     assert " ready " in table
