@@ -12,7 +12,7 @@ from pathlib import Path
 from allaprima.benchmarks import cold, loadgen
 from allaprima.benchmarks.captions import Caption
 from allaprima.benchmarks.contestants import Contestant
-from allaprima.benchmarks.ours import ON_CPU
+from allaprima.benchmarks.ours import own_cache
 from allaprima.benchmarks.plan import Plan
 from allaprima.benchmarks.process import in_new_process, reason_of
 from allaprima.benchmarks.quality import compare_pictures
@@ -109,7 +109,9 @@ class Harness:
     def _prepare(self, contestant: Contestant, folder: Path) -> None:
         plan = self._plan
         try:
-            prepare(contestant, plan.settings, plan.works, self._cache(contestant, folder), load=True)
+            prepare(
+                contestant, plan.settings, plan.works, own_cache(contestant, folder / "caches"), load=True
+            )
         except RuntimeError as error:
             self._fail(contestant, str(error))
             self._keep()
@@ -138,7 +140,7 @@ class Harness:
         pictures.mkdir(parents=True, exist_ok=True)
         turns = self._result["contestants"][contestant.name]["turns"]
         kept = None
-        cache = self._cache(contestant, folder)
+        cache = own_cache(contestant, folder / "caches")
         try:
             with closing(run_turn(contestant, self._plan, number, cache=cache, keep=pictures)) as growing:
                 for turn in growing:
@@ -149,13 +151,6 @@ class Harness:
         except RuntimeError as error:
             self._fail(contestant, str(error))
             self._keep()
-
-    def _cache(self, contestant: Contestant, folder: Path) -> Path | None:
-        """A cache of the contestant's own: engines that a user built may be of other threads.
-
-        Those for a GPU take long to build, so they stay in the user's.
-        """
-        return folder / "caches" / contestant.name if contestant.backend in ON_CPU else None
 
     def _rates(self, number: int) -> None:
         kinds = dict.fromkeys((each.backend, each.precision) for each in self._present() if each.bundle)
@@ -208,7 +203,7 @@ class Harness:
             captions,
             steps,
             folder / "captions",
-            lambda each: self._cache(each, folder),
+            lambda each: own_cache(each, folder / "caches"),
             lambda done, total, note: self._tell("captions", done, total, note),
         )
         self._result["absent"].update(absent)
@@ -226,7 +221,7 @@ class Harness:
         """All scenarios of one contestant; the server begins at the rate that it reached offline."""
         most = None
         for scenario in (name for name in SCENARIOS if name in asked.scenarios):
-            cache = self._cache(contestant, folder)
+            cache = own_cache(contestant, folder / "caches")
             job = ScenarioRun(contestant, self._plan, scenario, asked, cache, most)
             work = {**asdict(self._plan.works[-1]), "batch": job.works[-1].batch}
             try:

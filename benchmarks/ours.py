@@ -82,6 +82,14 @@ def contestant(bundle: str, way: Way, label: str = "", *, fixed: bool = False) -
     )
 
 
+def own_cache(contestant: Contestant, folder: Path) -> Path | None:
+    """A cache of the contestant's own: engines that a user built may be of other threads.
+
+    Those for a GPU take long to build, so they stay in the user's.
+    """
+    return folder / contestant.name if contestant.backend in ON_CPU else None
+
+
 class PipelinePainter:
     """A pipeline whose engines are timed."""
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from allaprima.benchmarks.contestants import Contestant, Field, Painted
-from allaprima.benchmarks.peer_files import require_checkpoint, require_packages
+from allaprima.benchmarks.peer_files import require_checkpoint, require_folder, require_packages
 from allaprima.benchmarks.plan import Settings, Work
-from allaprima.bundle import RequestError
 
 FIRST = """
 import json, sys, torch, diffusers
@@ -80,12 +79,9 @@ def _precisions(field: Field) -> tuple[str, ...]:
 
 
 def _checkpoint(field: Field) -> Path:
-    if field.checkpoint is None:
-        raise RequestError("diffusers reads a checkpoint: give --checkpoint DIR, the one of the bundle")
-    if not (field.checkpoint / "model_index.json").is_file():
-        raise RequestError(f"{field.checkpoint} is no diffusers folder: it has no model_index.json")
+    checkpoint = require_folder(NAME, field)
     require_packages(NAME, MODULES, REMEDY)
-    return field.checkpoint
+    return checkpoint
 
 
 class DiffusersPainter:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from allaprima.benchmarks.bundles import Model
@@ -20,6 +18,7 @@ from allaprima.bundle import BackendError, RequestError, cache_folder
 
 FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 """The pipelines that every peer knows."""
+INDEX = "model_index.json"
 
 CODE = ("compatible.py", "openvino_models.py", "peer_program.py", "plain_graphs.py")
 """What the files are made by."""
@@ -52,29 +51,22 @@ def require_packages(peer: str, modules: Sequence[str], remedy: str) -> None:
         raise BackendError(f"{peer} needs {', '.join(missing)}, which is not installed: {remedy}")
 
 
-def require_checkpoint(peer: str, field: Field) -> Path:
-    """The checkpoint of the field.
-
-    Raises RequestError where there is none, or of a pipeline that not every peer knows.
-    """
+def require_folder(peer: str, field: Field) -> Path:
+    """The checkpoint of the field, of any pipeline of diffusers. Raises RequestError where there is none."""
     if field.checkpoint is None:
         raise RequestError(f"{peer} reads a checkpoint: give --checkpoint DIR, the one of the bundle")
-    index = field.checkpoint / "model_index.json"
-    if not index.is_file():
-        raise RequestError(f"{field.checkpoint} is no diffusers folder: it has no model_index.json")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if kind not in FAMILIES:
-        raise RequestError(f"{field.checkpoint} is a {kind}: {peer} is compared on {', '.join(FAMILIES)}")
+    if not (field.checkpoint / INDEX).is_file():
+        raise RequestError(f"{field.checkpoint} is no diffusers folder: it has no {INDEX}")
     return field.checkpoint
 
 
-def installed(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of packages in this interpreter, as far as they are installed."""
-    found = {}
-    for name in packages:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+def require_checkpoint(peer: str, field: Field) -> Path:
+    """As `require_folder`, and RequestError if it is of a pipeline that not every peer knows."""
+    checkpoint = require_folder(peer, field)
+    kind = json.loads((checkpoint / INDEX).read_text(encoding="utf-8")).get("_class_name")
+    if kind not in FAMILIES:
+        raise RequestError(f"{checkpoint} is a {kind}: {peer} is compared on {', '.join(FAMILIES)}")
+    return checkpoint
 
 
 def prepared(

@@ -12,8 +12,9 @@ from PIL import Image
 
 from allaprima.benchmarks.contestants import Contestant, Field, Painted
 from allaprima.benchmarks.openvino_models import PACKAGES, write_openvino
-from allaprima.benchmarks.peer_files import Shapes, installed, prepared, require_checkpoint, require_packages
+from allaprima.benchmarks.peer_files import Shapes, prepared, require_checkpoint, require_packages
 from allaprima.benchmarks.plan import Settings, Work
+from allaprima.benchmarks.report import installed
 from allaprima.bundle import BackendError, RequestError
 
 NAME = "openvino-genai"

@@ -10,7 +10,7 @@ from pathlib import Path
 from allaprima.benchmarks.compatible import write_compatible
 from allaprima.benchmarks.contestants import Contestant, Field
 from allaprima.benchmarks.peer_files import prepared, require_checkpoint
-from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, library_versions, variable
+from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, variable, versions_there
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError
 
@@ -48,7 +48,7 @@ def _contestants(
         f"pip install {package} diffusers, and name its interpreter by --peer-python {name}=PYTHON or the "
         f"variable {variable(name)}",
     )
-    versions = library_versions(name, python, PACKAGES)
+    versions = versions_there(name, python, PACKAGES)
     folder = prepared(name, checkpoint, versions, functools.partial(_export, python, name))
     return [
         Contestant(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from allaprima.benchmarks.contestants import Contestant, Field, Painted
-from allaprima.benchmarks.peer_files import Shapes, installed, prepared, require_checkpoint, require_packages
+from allaprima.benchmarks.peer_files import Shapes, prepared, require_checkpoint, require_packages
 from allaprima.benchmarks.plan import Settings, Work
+from allaprima.benchmarks.report import installed
 from allaprima.bundle import BackendError
 
 NAME = "ort"

@@ -14,7 +14,7 @@ import numpy as np
 from allaprima.benchmarks.compatible import has_clip_tokens, write_compatible
 from allaprima.benchmarks.contestants import Contestant, Field
 from allaprima.benchmarks.peer_files import prepared, require_checkpoint
-from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, library_versions, variable
+from allaprima.benchmarks.peer_worker import Program, ProgramPainter, interpreter, variable, versions_there
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError, RequestError
 
@@ -46,7 +46,7 @@ def contestants(field: Field) -> list[Contestant]:
         f"environment that --peer-python {NAME}=PYTHON or the variable {variable(NAME)} names",
         default=sys.executable,
     )
-    versions = library_versions(NAME, python, ("stable-diffusion-cpp-python", "numpy"))
+    versions = versions_there(NAME, python, ("stable-diffusion-cpp-python", "numpy"))
     folder = prepared(NAME, checkpoint, versions, write_compatible)
     same = has_clip_tokens(checkpoint)
     return [

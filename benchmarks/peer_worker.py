@@ -61,7 +61,7 @@ print(json.dumps(found))
 """
 
 
-def library_versions(peer: str, python: str, packages: Sequence[str]) -> dict[str, str]:
+def versions_there(peer: str, python: str, packages: Sequence[str]) -> dict[str, str]:
     """The versions of another interpreter and of those packages that it has. Raises BackendError."""
     command = [python, "-c", VERSIONS, *packages]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,14 +38,16 @@ def stamp(command: str, model: str, threads: int) -> dict[str, Any]:
 
 def library_versions() -> dict[str, str | None]:
     """Ours, and those of the libraries that can be measured here; None is not installed."""
-    return {"allaprima": VERSION, **{name: _version(name) for name in _LIBRARIES}}
+    return {"allaprima": VERSION, **dict.fromkeys(_LIBRARIES), **installed(_LIBRARIES)}
 
 
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of packages in this interpreter, as far as they are installed."""
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def write_result(folder: Path, name: str, result: Mapping[str, Any], lines: Sequence[str]) -> str:

@@ -14,7 +14,6 @@ from allaprima.cli.output import print_json, print_table, print_warnings, progre
 
 if TYPE_CHECKING:
     from allaprima.benchmarks.captions import Caption
-    from allaprima.benchmarks.contestants import Contestant
     from allaprima.benchmarks.lineup import Lineup
 
 QUALITY = "quality"
@@ -106,6 +105,7 @@ def _paint_and_score(
     options: argparse.Namespace, lineup: Lineup
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     from allaprima.benchmarks.captions import places
+    from allaprima.benchmarks.ours import own_cache
     from allaprima.benchmarks.scores import paint_all, score_captions, score_fidelity
 
     wanted = captions(options, lineup)
@@ -122,7 +122,7 @@ def _paint_and_score(
             wanted,
             steps,
             pictures,
-            lambda each: _cache(each, Path(caches)),
+            lambda each: own_cache(each, Path(caches)),
             lambda done, total, name: report("captions", done, total, name),
         )
     scores = score_captions(lineup.contestants, wanted, pictures)
@@ -152,13 +152,6 @@ def captions(options: argparse.Namespace, lineup: Lineup) -> Sequence[Caption]:
     if lineup.name != "shapes":
         raise RequestError(f"{lineup.name} has no captions of its own: give --texts FILE")
     return held_out_captions(CAPTIONS if options.captions is None else options.captions)
-
-
-def _cache(contestant: Contestant, folder: Path) -> Path | None:
-    """As for a benchmark: engines of the CPU that others built may be of other threads."""
-    from allaprima.benchmarks.ours import ON_CPU
-
-    return folder / contestant.name if contestant.backend in ON_CPU else None
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

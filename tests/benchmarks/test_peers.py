@@ -20,7 +20,7 @@ from allaprima.benchmarks.contestants import PEERS, Contestant, Field, find_peer
 from allaprima.benchmarks.likeness import psnr
 from allaprima.benchmarks.peer_diffusers import DiffusersPainter
 from allaprima.benchmarks.peer_files import Shapes, prepared, require_packages
-from allaprima.benchmarks.peer_worker import Program, interpreter, library_versions, variable
+from allaprima.benchmarks.peer_worker import Program, interpreter, variable, versions_there
 from allaprima.benchmarks.plan import Settings, Work
 from allaprima.bundle import BackendError, RequestError
 
@@ -217,7 +217,7 @@ def test_a_library_in_another_interpreter_has_its_own_versions(fake_cpp: Field) 
     assert contestant.versions["numpy"] == np.__version__
     assert set(contestant.versions) == {"python", "numpy"}, "of the library itself there is only the module"
     with pytest.raises(BackendError, match="peer: false does not tell its versions"):
-        library_versions("peer", "false", ())
+        versions_there("peer", "false", ())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the interpreter is a shell script")
