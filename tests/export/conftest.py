@@ -37,11 +37,13 @@ from transformers import (
 )
 
 from allaprima.bundle import Bundle, BundleWriter, open_bundle
-from allaprima.export import export_checkpoint
+from allaprima.export import export_checkpoint, graph
 from allaprima.export.checkpoint import _export_component as export_component
 from allaprima.export.checkpoint import _Stages as Stages
 from allaprima.export.source import open_checkpoint
 from allaprima.export.stable_diffusion import read_family
+
+from .traces import shared
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes" / "checkpoint"
 
@@ -371,15 +373,16 @@ Export = Callable[..., Bundle]
 
 @pytest.fixture(scope="session")
 def export(once: Once) -> Export:
-    """A checkpoint's bundle of this name and precision."""
+    """A checkpoint's bundle of this name and precision; what several have alike is traced once."""
+    trace = shared(graph._trace, once)
 
     def make(checkpoint: Path, name: str, precision: str, **options: Any) -> Bundle:
-        return open_bundle(
-            once(
-                f"bundles/{name}",
-                lambda folder: export_checkpoint(str(checkpoint), folder, precision=precision, **options),
-            )
-        )
+        def write(folder: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(graph, "_trace", trace)
+                export_checkpoint(str(checkpoint), folder, precision=precision, **options)
+
+        return open_bundle(once(f"bundles/{name}", write))
 
     return make
 

@@ -25,7 +25,7 @@ from allaprima.runtime.loop import run_out
 from allaprima.runtime.noise import Noise
 from allaprima.runtime.opener import Opener
 
-from .conftest import write_tiny_kandinsky, write_tiny_prior
+from .conftest import Export, write_tiny_kandinsky, write_tiny_prior
 from .test_parity import Pictures, picture, psnr
 
 PROMPT = "a small red circle above a blue square on a white background"
@@ -44,11 +44,13 @@ def pair(kandinsky_checkpoint: Path, prior_checkpoint: Path, kandinsky_bundle: B
 
 
 @pytest.fixture(scope="module")
-def inpainting(prior_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def inpainting(
+    prior_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, export: Export
+) -> Iterator[Pair]:
     """A decoder that was trained to inpaint."""
-    folder = tmp_path_factory.mktemp("kandinsky")
-    decoder = write_tiny_kandinsky(folder / "decoder", kind="KandinskyV22InpaintPipeline", in_channels=9)
-    bundle = export_checkpoint(str(decoder), folder / "bundle", prior=str(prior_checkpoint), precision="fp32")
+    decoder = tmp_path_factory.mktemp("kandinsky")
+    write_tiny_kandinsky(decoder, kind="KandinskyV22InpaintPipeline", in_channels=9)
+    bundle = export(decoder, "kandinsky-inpainting", "fp32", prior=str(prior_checkpoint))
     with Pipeline.open(bundle.folder, backend="ort", threads=1) as pipeline:
         yield parts_of(decoder, prior_checkpoint), pipeline
 

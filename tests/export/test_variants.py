@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from allaprima.bundle import ExportError, RequestError
-from allaprima.export import PRESETS, Usage, export_checkpoint
+from allaprima.export import PRESETS, Usage
 from allaprima.export.source import open_checkpoint
 from allaprima.export.stable_diffusion import read_family
 from allaprima.runtime import Pipeline
 from allaprima.runtime.conditioning import embed_scale
 from allaprima.runtime.samplers import find, make_table
 
-from .conftest import write_tiny
+from .conftest import Export, write_tiny
 from .test_parity import Pictures, picture, psnr
 
 PROMPT = "a small red circle above a blue square"
@@ -38,11 +38,11 @@ def pixels(pipeline: Pipeline, **options: Any) -> Pictures:
 
 
 @pytest.fixture(scope="module")
-def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Pipeline]]:
+def inpainting(tmp_path_factory: pytest.TempPathFactory, export: Export) -> Iterator[tuple[Any, Pipeline]]:
     folder = tmp_path_factory.mktemp("inpainting")
-    write_tiny(folder / "checkpoint", kind="StableDiffusionInpaintPipeline", in_channels=9)
-    bundle = export_checkpoint(str(folder / "checkpoint"), folder / "bundle", precision="fp32")
-    parts = diffusers.StableDiffusionPipeline.from_pretrained(folder / "checkpoint").components
+    write_tiny(folder, kind="StableDiffusionInpaintPipeline", in_channels=9)
+    bundle = export(folder, "inpainting", "fp32")
+    parts = diffusers.StableDiffusionPipeline.from_pretrained(folder).components
     reference = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     with Pipeline.open(bundle.folder, backend="ort", threads=1) as pipeline:
         yield reference, pipeline
@@ -84,13 +84,11 @@ def test_a_model_of_inpainting_needs_a_mask(
 
 
 @pytest.fixture(scope="module")
-def consistency(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Pipeline]]:
+def consistency(tmp_path_factory: pytest.TempPathFactory, export: Export) -> Iterator[tuple[Any, Pipeline]]:
     folder = tmp_path_factory.mktemp("consistency")
-    write_tiny(folder / "checkpoint", kind="LatentConsistencyModelPipeline", time_cond_proj_dim=10)
-    bundle = export_checkpoint(
-        str(folder / "checkpoint"), folder / "bundle", precision="fp32", usage=Usage("lcm")
-    )
-    parts = diffusers.DiffusionPipeline.from_pretrained(folder / "checkpoint").components
+    write_tiny(folder, kind="LatentConsistencyModelPipeline", time_cond_proj_dim=10)
+    bundle = export(folder, "consistency", "fp32", usage=Usage("lcm"))
+    parts = diffusers.DiffusionPipeline.from_pretrained(folder).components
     parts["scheduler"] = diffusers.LCMScheduler.from_config(parts["scheduler"].config)
     reference = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
     with Pipeline.open(bundle.folder, backend="ort", threads=1) as pipeline:
