@@ -81,9 +81,10 @@ class Component(Record):
     `overflows_fp16`: its values leave the range of fp16, so it must be computed in another precision.
     `weights` is "int8" where those of matrix products are stored so, None where all are in `precision`.
     `float32_graph`, beside `graph`, computes the same in float32 over the same weights, for processors
-    without bf16; None where there is none. `weight_bytes`: how much it uses of a file of weights that belongs
-    to another component, None where the file is its own. `quantization` is there where not only weights are
-    int8, but the arithmetic too; `parity` is then empty, since the torch module knows nothing of it.
+    without 16-bit arithmetic; None where there is none. `weight_bytes`: how much it uses of a file of weights
+    that belongs to another component, None where the file is its own. `quantization` is there where not only
+    weights are int8, but the arithmetic too; `parity` is then empty, since the torch module knows nothing of
+    it.
     """
 
     graph: str
@@ -96,6 +97,11 @@ class Component(Record):
     float32_graph: str | None = field(default=None, metadata=LATER)
     weight_bytes: int | None = field(default=None, metadata=LATER)
     quantization: Quantization | None = field(default=None, metadata=LATER)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What there is a graph in: its own precision, and "fp32" where there is one of float32."""
+        return tuple(dict.fromkeys((self.precision, *(() if self.float32_graph is None else ("fp32",)))))
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ def quantize_bundle(
     tell = _Teller(progress, calibration.samples + 3)
     with BundleWriter(target, overwrite=overwrite) as writer:
         _take_over(source, writer.folder)
+        if wide := source.component(DENOISER).float32_graph:
+            (writer.folder / wide).unlink()
         path = writer.folder / component.graph
         graph = Graph(path)
         entrances, total = find_entrances(graph)
@@ -122,7 +124,7 @@ def _check(source: Bundle) -> Component:
             f"{source.folder}: {' and '.join(sharing)} share the denoiser's weights, and would still compute "
             "in float: export the checkpoint without --step-cache"
         )
-    return component
+    return replace(component, float32_graph=None)  # that one would not be quantized
 
 
 def _choose(backend: str) -> str:

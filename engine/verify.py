@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from allaprima.bundle import BackendError, BuildError, Bundle, Component, Profile, TensorSpec
 from allaprima.runtime import Session
-from allaprima.runtime.backends import backends, choose, compiles, open_session
+from allaprima.runtime.backends import backends, choose, compiles, engine_precision, open_session
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -99,21 +99,21 @@ def _run(session: Session, component: Component, inputs: Arrays, extents: Mappin
 
 
 def open_reference(bundle: Bundle, name: str, backend: str) -> Session:
-    """The graph itself, in float32 where the backend can choose its precision, else in its own.
+    """The graph itself, in float32 if the backend can choose or the bundle has such a graph.
 
-    For a backend that only runs what was built, on the processor. Raises BackendError.
+    Else it is in its own precision. For a backend that only runs what was built, it is on the processor.
+    Raises BackendError.
     """
     component = bundle.component(name)
+    wide = component.float32_graph is not None and (component.overflows_fp16 or not compiles(backend))
     if not compiles(backend):
         backend = "openvino" if component.precision == "bf16" else "ort"
-    if component.float32_graph is not None and any(
-        each.name == "ort" and each.available for each in backends()
-    ):
-        backend = "ort"  # in float32, from weights that stay in their file
+    if wide and any(each.name == "ort" and each.available for each in backends()):
+        backend = "ort"  # of a large text encoder the weights stay in their file
     info = next(info for info in backends() if info.name == choose(backend))
     if "fp32" not in info.precisions:
         raise BackendError(f"{backend} cannot compute in fp32 here, so its engines cannot be verified")
-    precision = "fp32" if info.converts else component.precision
+    precision = "fp32" if info.converts else engine_precision(component, backend, None)
     return open_session(bundle.path(component.graph), component, backend, precision=precision)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -192,14 +192,14 @@ def _export_component(
         graph = f"{plan.shares}/{part.removeprefix(plan.shares).lstrip('_')}.onnx"
     weights = family.weights(part)
     used = write_graph(plan, folder / graph, int8=weights == "int8")
-    wide = f"{part}/float32.onnx" if family.overflows(part) and precision == "bf16" else None
+    overflows = family.overflows(part)
+    wide = None if precision == "fp32" else _beside(graph)
     if wide is not None:
-        write_widened(folder / graph, folder / wide)
+        write_widened(folder / graph, folder / wide, folded=not (overflows and part in family.texts))
     gc.collect()
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))
     errors = parity.check(part, folder / graph, precision, trials, weights)
-    overflows = family.overflows(part)
     return Component(
         graph,
         precision,
@@ -211,6 +211,12 @@ def _export_component(
         wide,
         weight_bytes=used if plan.shares else None,
     )
+
+
+def _beside(graph: str) -> str:
+    """Where the same graph in float32 is: float32.onnx for model.onnx, deep-float32.onnx for deep.onnx."""
+    path = PurePosixPath(graph)
+    return str(path.with_name("float32.onnx" if path.stem == "model" else f"{path.stem}-float32.onnx"))
 
 
 def _extents(family: Family) -> list[Mapping[str, int]]:

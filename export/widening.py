@@ -1,4 +1,7 @@
-"""Graphs in bf16 as graphs in float32 over the same weights, for processors that have no kernels for bf16."""
+"""Graphs in 16 bits as graphs in float32 over the same weights, for processors that compute in no less.
+
+ONNX Runtime's CPU has no kernels for bf16, and few for fp16: it would cast back and forth around those.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,18 @@ from allaprima.export.reason import reason
 
 WIDE = "/float32"
 """What a widened weight's name ends in."""
-NARROW = "/bf16"
+NARROW = "/narrow"
 """What the name of rows of a weight ends in before they are widened."""
+_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_TYPES = ("to", "dtype", "output_dtype", "precision", "softmax_precision")
+"""Attributes that name a type."""
 _SMALL = 2**20
 """Bytes of a weight that is written into the graph as float32, rather than converted by each run."""
 
 
 def widen(nodes: Sequence[onnx.NodeProto], weights: Sequence[TensorProto]) -> list[onnx.NodeProto]:
-    """The same with float32 in place of bf16; the graph converts the weights, so that their file will do."""
-    narrow = {tensor.name for tensor in weights if tensor.data_type == TensorProto.BFLOAT16}
+    """The same with float32 in place of 16 bits; the graph converts the weights: their file will do."""
+    narrow = {tensor.name for tensor in weights if tensor.data_type in _NARROW}
     casts: list[onnx.NodeProto] = []
     widened = []
     done: set[str] = set()
@@ -39,9 +45,9 @@ def widen(nodes: Sequence[onnx.NodeProto], weights: Sequence[TensorProto]) -> li
         done.update(new)
         copy.input[:] = [name + WIDE if name in narrow else name for name in node.input]
         for attribute in copy.attribute:
-            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.BFLOAT16:
+            if attribute.name in _TYPES and attribute.i in _NARROW:
                 attribute.i = TensorProto.FLOAT
-            if attribute.t.data_type == TensorProto.BFLOAT16:
+            if attribute.t.data_type in _NARROW:
                 wide = numpy_helper.to_array(attribute.t).astype(np.float32)
                 attribute.t.CopyFrom(numpy_helper.from_array(wide))
         widened.append(copy)
@@ -52,8 +58,14 @@ def _cast(source: str, target: str) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], to=TensorProto.FLOAT)
 
 
-def write_widened(path: Path, target: Path) -> None:
-    """Write the bf16 graph `path` to `target`, beside it, as one that computes in float32.
+def write_widened(path: Path, target: Path, *, folded: bool) -> None:
+    """Write the graph `path` to `target`, beside it, as one that computes in float32.
+
+    Args:
+        path: a graph in fp16 or bf16.
+        target: the file to write, in the same folder, since both read the same weights.
+        folded: weights are to be widened once, as the graph is loaded; else by each run, and only small ones
+            are kept in float32, in `target` itself.
 
     Raises:
         ExportError: the graph cannot be read, what is written is not valid, or the disk refuses.
@@ -61,13 +73,11 @@ def write_widened(path: Path, target: Path) -> None:
     try:
         model = onnx.load(str(path), load_external_data=False)
         graph = model.graph
-        for tensor in graph.initializer:
-            if tensor.data_type == TensorProto.BFLOAT16 and 2 * math.prod(tensor.dims) <= _SMALL:
+        for tensor in () if folded else graph.initializer:
+            if tensor.data_type in _NARROW and 2 * math.prod(tensor.dims) <= _SMALL:
                 _embed(tensor, path.parent)
         nodes = widen(graph.node, graph.initializer)
-        values = [
-            each for each in graph.value_info if each.type.tensor_type.elem_type != TensorProto.BFLOAT16
-        ]
+        values = [each for each in graph.value_info if each.type.tensor_type.elem_type not in _NARROW]
         del graph.node[:], graph.value_info[:]
         graph.node.extend(nodes)
         graph.value_info.extend(values)
@@ -80,7 +90,7 @@ def write_widened(path: Path, target: Path) -> None:
 
 
 def _embed(tensor: TensorProto, folder: Path) -> None:
-    """Put the values of a bf16 weight into the graph, in float32."""
+    """Put the values of a weight into the graph, in float32."""
     if tensor.data_location == TensorProto.EXTERNAL:
         external_data_helper.load_external_data_for_tensor(tensor, str(folder))
     name = tensor.name

@@ -256,7 +256,8 @@ def engine_precision(component: Component, backend: str, precision: str | None) 
     One whose values leave the range of fp16 keeps its own precision where fp16 is asked for.
     """
     info = _probe(backend)
-    usual = info.precisions[0] if info.converts else component.precision
+    able = info.precisions if info.converts else component.precisions
+    usual = next((each for each in info.precisions if each in able), component.precision)
     chosen = _known_precision(precision) or usual
     return component.precision if chosen == "fp16" and component.overflows_fp16 else chosen
 

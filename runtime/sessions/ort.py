@@ -21,12 +21,12 @@ def version() -> str:
 
 
 def precisions() -> tuple[str, ...]:
-    """What it can compute in, fastest first; a graph runs in the one it was exported in."""
+    """What it can compute in, fastest first: few operators have kernels for fp16, the rest get casts."""
     return ("fp32", "fp16")
 
 
 def converts() -> bool:
-    """A graph runs only in the precision that it was exported in."""
+    """A graph runs only in the precisions that it was exported in."""
     return False
 
 
@@ -45,25 +45,28 @@ def open_session(
     memory_limit: int | None,
 ) -> OrtSession:
     """Load a graph, or the optimised graph among `engines`; `backends.open_session` says the rest."""
-    _check_precision(graph, component, precision)
-    path = engines[0].path if engines else _own(graph, component)
-    return OrtSession(path, component, threads=threads, lazy=memory_limit is not None)
+    chosen = _choose(graph, component, precision)
+    path = engines[0].path if engines else _graph(graph, component, chosen)
+    return OrtSession(path, component, precision=chosen, threads=threads, lazy=memory_limit is not None)
 
 
 def footprint(
     graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
 ) -> Footprint:
-    """Measured: one copy of the weights; of fp16 one in fp32 beside it, of int8 one in what is computed.
+    """Measured: one copy of the weights, of those that a graph in float32 widens as it is loaded two.
 
-    Of a quantized graph it widens the weights, and keeps both.
+    What computes in fp16 has one in fp32 beside it; of int8 there is one in what is computed, and of a
+    quantized graph all of it is widened, and both are kept.
     """
-    weights = stored(engines[0].path) if engines else stored(_own(graph, component), component)
+    weights = stored(engines[0].path) if engines else stored(graph, component)
     if component.quantization is not None:
         weights *= 6
     elif component.weights is not None:
         weights *= 2
-    elif component.precision == "fp16":
+    elif precision == "fp16":
         weights *= 3
+    elif component.precision != "fp32" and not (engines or _streams(component)):
+        weights *= 2
     return Footprint(weights, weights)
 
 
@@ -73,7 +76,7 @@ def compile_engine(
     """Write the graph as ONNX Runtime optimises it into `folder`; `backends.compile_engine` says the rest."""
     import onnxruntime
 
-    _check_precision(graph, component, precision)
+    chosen = _choose(graph, component, precision)
     path = folder / "model.onnx"
     options = session_options()
     _spare_weights(options, component)
@@ -82,51 +85,63 @@ def compile_engine(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "model.data")
     try:
-        onnxruntime.InferenceSession(_own(graph, component), options, providers=["CPUExecutionProvider"])
+        source = _graph(graph, component, chosen)
+        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(f"onnxruntime cannot compile {graph}: {error}") from error
     return path
 
 
-def _own(graph: Path, component: Component) -> Path:
-    """The graph that computes in float32, where the component's own does so in bf16."""
-    return graph if component.float32_graph is None else graph.with_name(Path(component.float32_graph).name)
+def _choose(graph: Path, component: Component, precision: str | None) -> str:
+    """What is computed; of a component that must not be in fp16, its own precision stands for float32."""
+    able = [each for each in precisions() if each in component.precisions]
+    if not able:
+        raise BackendError(
+            f"onnxruntime cannot run {graph.name} in {component.precision} on a CPU: "
+            "use the backend openvino, or export with --precision fp16"
+        )
+    if precision is None or (component.overflows_fp16 and precision == component.precision):
+        return able[0]
+    if precision not in able:
+        export = f", or export with --precision {precision}" if precision in precisions() else ""
+        raise BackendError(
+            f"onnxruntime computes {graph.name} in {' or '.join(able)} on a CPU, not in {precision}: "
+            f"use the backend openvino{export}"
+        )
+    return precision
+
+
+def _graph(graph: Path, component: Component, precision: str) -> Path:
+    """The one of a component's graphs that computes in this precision."""
+    if precision == component.precision or component.float32_graph is None:
+        return graph
+    return graph.with_name(Path(component.float32_graph).name)
+
+
+def _streams(component: Component) -> bool:
+    """Whether each run widens the weights: those of a text encoder that overflows are most of the model."""
+    text = any(spec.name == "input_ids" for spec in component.inputs)
+    return component.float32_graph is not None and component.overflows_fp16 and text
 
 
 def _spare_weights(options: Any, component: Component) -> None:
-    """Keep weights as small in memory as they are stored, and what is computed with them in float.
+    """Keep large weights as small in memory as they are stored, and what is computed with them in float.
 
-    Those in bf16 are widened by each run, one after the other, and stay in their file until then: folded,
-    they would take twice the memory. Those in int8 go through kernels that would otherwise round the other
-    factor to int8 as well.
+    Those in bf16 are widened by each run, one after the other, and stay in their file until then. Those in
+    int8 go through kernels that would otherwise round the other factor to int8 as well.
     """
-    if component.float32_graph is not None:
+    if _streams(component):
         options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
         options.enable_cpu_mem_arena = False  # it would keep the widened weights
     if component.weights is not None and component.quantization is None:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
 
 
-def _check_precision(graph: Path, component: Component, precision: str | None) -> None:
-    if component.float32_graph is not None and precision in (None, component.precision, "fp32"):
-        return
-    if component.precision not in precisions():
-        raise BackendError(
-            f"onnxruntime cannot run {graph.name} in {component.precision} on a CPU: "
-            "use the backend openvino, or export with --precision fp16"
-        )
-    if precision not in (None, component.precision):
-        raise BackendError(
-            f"onnxruntime runs a graph in the precision it was exported in, {component.precision}, not in "
-            f"{precision}: use the backend openvino, or export with --precision {precision}"
-        )
-
-
 class OrtSession:
-    """See Session. `lazy`: nothing is loaded before the first binding.
+    """See Session. `precision` is that of the graph at `path`.
 
-    `spinning` lets threads poll for work during a run: faster alone, a nuisance to neighbours. Between runs
-    they never do, since another component's session wants the cores then.
+    `lazy`: nothing is loaded before the first binding. Threads poll for work during a run only: after it
+    another component's session wants the cores.
     """
 
     memory: Memory = HOST
@@ -136,15 +151,14 @@ class OrtSession:
         path: Path,
         component: Component,
         *,
+        precision: str,
         threads: int | None = None,
-        spinning: bool = True,
         lazy: bool = False,
     ) -> None:
         options = session_options(threads)
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.add_session_config_entry("session.force_spinning_stop", "1")
         _spare_weights(options, component)
-        self.precision = component.precision if component.float32_graph is None else "fp32"
+        self.precision = precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
         self._opened = Reopened(

@@ -70,7 +70,7 @@ def test_a_step_is_timed(tmp_path: Path) -> None:
     words = [str(plain), str(quantized), "--size", "64x32", "--rounds", "2", "--results", str(tmp_path)]
     int8_step.main([*words, "--backend", "ort"])
     result = json.loads((tmp_path / "int8-step-plain-ort.json").read_text())
-    assert {name: len(each) for name, each in result["seconds"].items()} == {"fp16": 2, "int8+fp16": 2}
+    assert {name: len(each) for name, each in result["seconds"].items()} == {"fp32": 2, "int8+fp32": 2}
     assert (result["width"], result["height"], len(result["ratios"])) == (64, 32, 2)
     assert "int8 is " in (tmp_path / "int8-step-plain-ort.md").read_text()
     with pytest.raises(SystemExit):

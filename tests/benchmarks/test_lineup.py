@@ -51,7 +51,7 @@ def test_backends_and_precisions_and_peers() -> None:
     )
     found = line_up(asked, table=True)
     names = [each.name for each in found.contestants]
-    assert {"allaprima-openvino-fp32", "allaprima-openvino-fp32-fixed", "allaprima-ort-fp16"} <= set(names)
+    assert {"allaprima-openvino-fp32", "allaprima-openvino-fp32-fixed", "allaprima-ort-fp32"} <= set(names)
     assert names[-2:] == ["diffusers-fp32", "diffusers-bf16"]
     assert len(set(names)) == len(names)
 

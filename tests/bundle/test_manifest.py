@@ -53,6 +53,8 @@ def test_later_fields_may_be_absent(document: dict[str, Any], manifest: Manifest
     plain |= {"weights": "int8", "float32_graph": "denoiser/float32.onnx"}
     read = Manifest.from_json(document)
     assert read.components["denoiser"].weights == "int8"
+    assert read.components["denoiser"].precisions == ("fp16", "fp32")
+    assert manifest.components["denoiser"].precisions == ("fp16",)
     assert set(read.required()) - set(manifest.required()) == {"denoiser/float32.onnx"}
     assert read.to_json() == document
     plain["weights"] = 8

@@ -23,11 +23,11 @@ def test_the_whole_command(allaprima: Allaprima, tmp_path: Path) -> None:
         *("--checkpoint", str(tmp_path), "-o", str(folder)),
     )
     assert outcome.code == 0, outcome.err
-    assert "allaprima-ort-fp16" in outcome.out
+    assert "allaprima-ort-fp32" in outcome.out
     assert "diffusers was not measured" in outcome.err
     result = json.loads((folder / "result.json").read_text())
     assert (result["schema"], result["complete"], result["model"]) == (2, True, "shapes")
-    contestant = result["contestants"]["allaprima-ort-fp16"]
+    contestant = result["contestants"]["allaprima-ort-fp32"]
     assert [turn["round"] for turn in contestant["turns"]] == [0, 1]
     for turn in contestant["turns"]:
         assert turn["load"] > 0
@@ -41,7 +41,7 @@ def test_the_whole_command(allaprima: Allaprima, tmp_path: Path) -> None:
     assert {each["component"] for each in result["counts"]} >= {"denoiser", "vae_decoder", "text_encoder"}
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "## Distance from the machine's limit" in report
-    assert "| allaprima-ort-fp16 | denoiser |" in report
+    assert "| allaprima-ort-fp32 | denoiser |" in report
     assert str(tmp_path) not in json.dumps(result["contestants"])
 
     same = allaprima("bench", "compare", str(folder), str(folder / "result.json"))
@@ -191,14 +191,11 @@ def test_what_is_refused_before_anything_is_measured(
 
 def test_nobody_could_be_measured(allaprima: Allaprima, tmp_path: Path) -> None:
     outcome = allaprima(
-        *("bench", "shapes", "--steps", "1", *TINY, "--precision", "fp32", "--cold", "0", "--no-roofline"),
+        *("bench", "shapes", "--steps", "1", *TINY, "--precision", "bf16", "--cold", "0", "--no-roofline"),
         *("-o", str(tmp_path)),
     )
     assert outcome.code == 2
-    assert (
-        "nothing could be measured: allaprima-ort-fp32: onnxruntime runs a graph in the precision"
-        in outcome.err
-    )
+    assert "nothing could be measured: allaprima-ort-bf16: onnxruntime computes" in outcome.err
 
 
 def test_a_scenario(allaprima: Allaprima, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_pictures_of_a_folder(allaprima: Allaprima, pictures: Path, inception: P
             "torn.png cannot be read as a picture",
         ),
         (("--captions", "0"), "captions is 0"),
-        (("--precision", "fp32", "--backend", "ort"), "nothing could be scored: allaprima-ort-fp32: onnxr"),
+        (("--precision", "bf16", "--backend", "ort"), "nothing could be scored: allaprima-ort-bf16: onnxr"),
         (("--peer-python", "optimum-onnx"), "write NAME=PYTHON"),
         (("--peer-python", "nobody=python"), "NAME one of diffusers"),
     ],

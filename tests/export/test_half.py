@@ -1,11 +1,13 @@
 """Half precision paints the pictures of fp32, as far as its rounding lets it."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+import onnx
 import pytest
 
-from allaprima.bundle import Bundle, resolve
+from allaprima.bundle import Bundle, open_bundle, resolve
 from allaprima.runtime import Pipeline, backends
 
 from .test_parity import Pictures, psnr
@@ -47,3 +49,27 @@ def test_half_precision(wanted: list[Pictures], backend: str, precision: str) ->
         found = [psnr(*pair) for pair in zip(paint(pipeline), wanted, strict=True)]
     assert min(found) >= 35, found
     assert np.median(found) < 90  # not fp32 itself
+
+
+def test_onnxruntime_computes_weights_of_fp16_in_fp32(wanted: list[Pictures]) -> None:
+    """It has few kernels for fp16, so that is what it does unless it is told otherwise."""
+    with Pipeline.open(resolve("shapes"), backend="ort") as pipeline:
+        assert pipeline.precision == "fp32"
+        found = [psnr(*pair) for pair in zip(paint(pipeline), wanted, strict=True)]
+    assert min(found) >= 50, found
+
+
+@pytest.mark.parametrize("role", open_bundle(resolve("shapes")).manifest.components)
+def test_the_graph_in_float32_takes_the_same_weights(role: str) -> None:
+    bundle = open_bundle(resolve("shapes"))
+    component = bundle.component(role)
+    assert component.float32_graph == f"{role}/float32.onnx"
+    path = bundle.path(component.float32_graph)
+    model = onnx.load(str(path), load_external_data=False)
+    types = Counter(each.data_type for each in model.graph.initializer)
+    assert types[onnx.TensorProto.FLOAT16] > 10
+    places = {each.value for tensor in model.graph.initializer for each in tensor.external_data}
+    assert "weights.safetensors" in places
+    assert path.stat().st_size < 1.2 * bundle.path(component.graph).stat().st_size
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    assert {node.attribute[0].i for node in casts} & {onnx.TensorProto.FLOAT16} == set()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from allaprima.bundle import BackendError, Component, EngineFile
+from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime.backends import footprint
 from allaprima.runtime.footprint import Footprint, activations, parse_bytes, show_bytes
 from allaprima.runtime.memory import on_host
@@ -69,6 +69,32 @@ def test_weights(tmp_path: Path, backend: str, precision: str, times: int) -> No
     wanted = Footprint(times * 1000, times * 1000)
     computed = "fp32" if backend == "openvino" else None
     assert footprint(tmp_path / "model.onnx", component, backend, precision=computed) == wanted
+
+
+@pytest.mark.parametrize(
+    ("precision", "overflowing", "asked", "times"),
+    [
+        *(("fp16", None, None, 2), ("fp16", None, "fp16", 3), ("bf16", None, None, 2)),
+        *(("bf16", "image", None, 2), ("bf16", "input_ids", None, 1)),
+    ],
+)
+def test_weights_that_a_graph_in_float32_widens(
+    tmp_path: Path, precision: str, overflowing: str | None, asked: str | None, times: int
+) -> None:
+    """Once, as it is loaded, but for the large text encoders that overflow: there each run does."""
+    inputs = (TensorSpec(overflowing or "input_ids", "float32", ("B",)),)
+    (tmp_path / "weights.safetensors").write_bytes(bytes(1000))
+    graph = tmp_path / "model.onnx"
+    component = Component(
+        "a/model.onnx", precision, inputs, (), (), overflowing is not None, float32_graph="a/float32.onnx"
+    )
+    wanted = Footprint(times * 1000, times * 1000)
+    assert footprint(graph, component, "ort", precision=asked) == wanted
+    (tmp_path / "engine").mkdir()
+    engine = tmp_path / "engine" / "model.onnx"
+    engine.write_bytes(bytes(500))
+    of_engine = footprint(graph, component, "ort", [EngineFile(engine)], precision=asked)
+    assert of_engine.weights == (1500 if asked == "fp16" else 500), "it holds what is computed in"
 
 
 def test_weights_of_an_engine(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,28 @@ def test_failure_while_running(backend: str, tmp_path: Path) -> None:
 
 def test_precision_of_ort(tmp_path: Path) -> None:
     path = write_graph(tmp_path)
-    with pytest.raises(BackendError, match="in the precision it was exported in, fp32"):
+    with pytest.raises(BackendError, match=r"in fp32 on a CPU, not in bf16: use .* openvino$"):
         open_session(path, COMPONENT, "ort", precision="bf16")
     with pytest.raises(BackendError, match="backend openvino, or export with --precision fp16"):
         open_session(path, Component("small.onnx", "bf16", INPUTS, OUTPUTS, ()), "ort")
+
+
+@pytest.mark.parametrize("stored", ["fp16", "bf16"])
+def test_ort_takes_the_graph_in_float32(tmp_path: Path, stored: str) -> None:
+    path = write_graph(tmp_path)
+    path.rename(tmp_path / "wide.onnx")
+    component = Component("small.onnx", stored, INPUTS, OUTPUTS, (), float32_graph="wide.onnx")
+    for precision in (None, "auto", "fp32"):
+        opened = open_session(path, component, "ort", precision=precision)
+        assert opened.precision == "fp32"
+        buffers = make_buffers()
+        opened.bind(on_host(buffers)).run()
+        assert is_right(buffers)
+    refused = {"fp16": "cannot load .*small.onnx", "bf16": "in fp32 on a CPU, not in bf16"}[stored]
+    with pytest.raises(BackendError, match=refused):
+        open_session(path, component, "ort", precision=stored)
+    overflows = replace(component, precision="bf16", overflows_fp16=True)
+    assert open_session(path, overflows, "ort", precision="fp16").precision == "fp32"
 
 
 def test_engine_of_openvino(tmp_path: Path) -> None:
