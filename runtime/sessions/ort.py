@@ -9,7 +9,7 @@ from typing import Any
 
 from allaprima.bundle import BackendError, Component, EngineFile, Profile, TensorSpec
 from allaprima.runtime.footprint import Footprint, stored
-from allaprima.runtime.memory import HOST, Memory, Tensor
+from allaprima.runtime.memory import HOST, Memory, Tensor, trim
 from allaprima.runtime.session import check_names, check_tensors
 
 
@@ -53,20 +53,17 @@ def open_session(
 def footprint(
     graph: Path, component: Component, engines: Sequence[EngineFile], *, precision: str
 ) -> Footprint:
-    """Measured: one copy of the weights, of those that a graph in float32 widens as it is loaded two.
+    """Measured: one copy of the weights, of 16 bits one in fp32 beside it, at least as long as it is loaded.
 
-    What computes in fp16 has one in fp32 beside it; of int8 there is one in what is computed, and of a
-    quantized graph all of it is widened, and both are kept.
+    Of int8 there is one in what is computed; a quantized graph is widened as a whole, and both are kept.
     """
     weights = stored(engines[0].path) if engines else stored(graph, component)
     if component.quantization is not None:
         weights *= 6
     elif component.weights is not None:
         weights *= 2
-    elif precision == "fp16":
+    elif precision == "fp16" or not (component.precision == "fp32" or engines or _streams(component)):
         weights *= 3
-    elif component.precision != "fp32" and not (engines or _streams(component)):
-        weights *= 2
     return Footprint(weights, weights)
 
 
@@ -161,9 +158,13 @@ class OrtSession:
         self.precision = precision
         self.inputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.inputs}
         self.outputs: Mapping[str, TensorSpec] = {spec.name: spec for spec in component.outputs}
-        self._opened = Reopened(
-            lambda: open_graph(path, component, options, ["CPUExecutionProvider"]), lazy=lazy
-        )
+        self._opened = Reopened(lambda: self._open(path, component, options), lazy=lazy)
+
+    @staticmethod
+    def _open(path: Path, component: Component, options: Any) -> Any:
+        opened = open_graph(path, component, options, ["CPUExecutionProvider"])
+        trim()  # the narrow copies of weights that were widened
+        return opened
 
     def bind(self, tensors: Mapping[str, Tensor]) -> OrtBinding:
         """See Session.bind."""

@@ -256,7 +256,7 @@ def test_other_backends_paint_the_same(pair: Pair, depth: Pair) -> None:
 
 
 def test_half_is_close_to_full(pair: Pair, kandinsky_half_bundle: Bundle) -> None:
-    with Pipeline.open(kandinsky_half_bundle.folder, backend="ort", threads=1) as half:
+    with Pipeline.open(kandinsky_half_bundle.folder, backend="ort", precision="fp16", threads=1) as half:
         full, rounded = (draw(each, "", [Noise(0)], mix=ITEMS[1:2])[1] for each in (pair[1], half))
     assert np.abs(full - rounded).max() <= 0.01 * np.abs(full).max()
 

@@ -252,8 +252,11 @@ def test_the_autoencoder_stays_out_of_half_precision(xl_half_bundle: Bundle) -> 
     assert half.std() > 5
 
 
-def test_half_is_close_to_full(base: tuple[References, Pipeline], xl_half_bundle: Bundle) -> None:
-    with Pipeline.open(xl_half_bundle.folder, backend="ort", threads=1) as pipeline:
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_half_is_close_to_full(
+    base: tuple[References, Pipeline], xl_half_bundle: Bundle, precision: str
+) -> None:
+    with Pipeline.open(xl_half_bundle.folder, backend="ort", precision=precision, threads=1) as pipeline:
         assert (
             psnr(
                 pixels(base[1], "euler", num_inference_steps=5),
