@@ -234,9 +234,9 @@ def test_others_take_steps_between_those_of_a_prior(pair: Pair) -> None:
         assert np.array_equal(np.stack([np.asarray(image) for image in alone.images]), together)
 
 
-def test_half_is_close_to_full(pair: Pair, kandinsky_half_bundle: Bundle) -> None:
+def test_half_is_close_to_full(pair: Pair, kandinsky_bundle: Bundle) -> None:
     """Random weights make pictures of full contrast, in which guidance multiplies what 16 bits round."""
-    with Pipeline.open(kandinsky_half_bundle.folder, backend="ort", precision="fp16", threads=1) as half:
+    with Pipeline.open(kandinsky_bundle.folder, backend="ort", precision="fp16", threads=1) as half:
         embeds = []
         for pipeline in (pair[1], half):
             told = family_of(pipeline).plan(family_of(pipeline).settle(settings_of(pipeline)))

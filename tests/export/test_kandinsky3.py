@@ -178,15 +178,13 @@ def test_other_backends_paint_the_same(pair: Pair) -> None:
 
 @pytest.mark.parametrize(("backend", "precision"), [("ort", "fp16"), ("ort", "fp32"), ("openvino", None)])
 def test_half_is_close_to_full(
-    pair: Pair, kandinsky3_half_bundle: Bundle, backend: str, precision: str | None
+    pair: Pair, kandinsky3_bundle: Bundle, backend: str, precision: str | None
 ) -> None:
     """Random weights make pictures of full contrast, in which guidance multiplies what 16 bits round."""
     if backend == "openvino":
         pytest.importorskip("openvino")
     settings = {**STEPS, "guidance_scale": 1.0, "height": 64, "width": 64}
-    with Pipeline.open(
-        kandinsky3_half_bundle.folder, backend=backend, precision=precision, threads=1
-    ) as half:
+    with Pipeline.open(kandinsky3_bundle.folder, backend=backend, precision=precision, threads=1) as half:
         assert worst(pixels(pair[1], **settings), pixels(half, **settings)) >= 30
 
 
@@ -243,7 +241,7 @@ def lane_of(step: Arrays, lane: int) -> Arrays:
 def test_a_sample_does_not_see_its_neighbours_text(pair: Pair, kandinsky3_bundle: Bundle) -> None:
     """Texts of 3, 9 and 20 tokens in one batch, and each alone in the rows that it needs by itself."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    graph = onnxruntime.InferenceSession(kandinsky3_bundle.path("denoiser/model.onnx"))
+    graph = onnxruntime.InferenceSession(kandinsky3_bundle.path("denoiser/float32.onnx"))
     lengths = (3, 9, 20)
     together = step_of(lengths, 128)
     (made, _) = graph.run(None, {name: value.numpy() for name, value in together.items()})

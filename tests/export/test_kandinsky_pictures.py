@@ -255,8 +255,8 @@ def test_other_backends_paint_the_same(pair: Pair, depth: Pair) -> None:
             assert worst(pixels(pipeline, **settings, **asked), pixels(other, **settings, **asked)) >= 45
 
 
-def test_half_is_close_to_full(pair: Pair, kandinsky_half_bundle: Bundle) -> None:
-    with Pipeline.open(kandinsky_half_bundle.folder, backend="ort", precision="fp16", threads=1) as half:
+def test_half_is_close_to_full(pair: Pair, kandinsky_bundle: Bundle) -> None:
+    with Pipeline.open(kandinsky_bundle.folder, backend="ort", precision="fp16", threads=1) as half:
         full, rounded = (draw(each, "", [Noise(0)], mix=ITEMS[1:2])[1] for each in (pair[1], half))
     assert np.abs(full - rounded).max() <= 0.01 * np.abs(full).max()
 

@@ -24,10 +24,10 @@ COMPONENTS = ["text_encoder", "denoiser", "vae_decoder", "vae_encoder"]
 BUNDLES = {
     "tiny_half_bundle": COMPONENTS,
     "tiny_bundle": COMPONENTS,
-    "xl_half_bundle": ["text_encoder_2", *COMPONENTS],
-    "kandinsky_half_bundle": ["prior", "image_encoder", *COMPONENTS],
+    "xl_bundle": ["text_encoder_2", *COMPONENTS],
+    "kandinsky_bundle": ["prior", "image_encoder", *COMPONENTS],
     "depth_bundle": ["hint_encoder", "denoiser"],
-    "kandinsky3_half_bundle": COMPONENTS,
+    "kandinsky3_bundle": COMPONENTS,
 }
 
 
@@ -114,10 +114,10 @@ def test_every_graph_of_an_export_compiles(tiny_half_bundle: Bundle, cache: Path
     [
         ("tiny_bundle", {"fp32"}),
         ("tiny_bf16_bundle", {"bf16"}),
-        ("xl_half_bundle", {"fp16", "fp32"}),
-        ("kandinsky_half_bundle", {"fp16"}),
+        ("xl_bundle", {"fp16", "fp32"}),
+        ("kandinsky_bundle", {"fp16"}),
         ("depth_bundle", {"fp32"}),
-        ("kandinsky3_half_bundle", {"fp16", "bf16"}),
+        ("kandinsky3_bundle", {"fp16", "bf16"}),
     ],
     ids=["fp32", "bf16", "both", "kandinsky", "depth", "kandinsky3"],
 )

@@ -234,8 +234,8 @@ def test_the_second_tokenizer_pads_with_an_exclamation_mark(xl_bundle: Bundle, x
     assert first.encode(PROMPT).ids.tolist() != second.encode(PROMPT).ids.tolist()
 
 
-def test_the_autoencoder_stays_out_of_half_precision(xl_half_bundle: Bundle) -> None:
-    components = xl_half_bundle.manifest.components
+def test_the_autoencoder_stays_out_of_half_precision(xl_bundle: Bundle) -> None:
+    components = xl_bundle.manifest.components
     assert {name: part.precision for name, part in components.items()} == {
         **dict.fromkeys(("text_encoder", "text_encoder_2", "denoiser"), "fp16"),
         **dict.fromkeys(("vae_decoder", "vae_encoder"), "fp32"),
@@ -247,16 +247,14 @@ def test_the_autoencoder_stays_out_of_half_precision(xl_half_bundle: Bundle) -> 
     for backend in ("ort", "openvino"):
         assert engine_precision(components["vae_decoder"], backend, "fp16") == "fp32"
         assert engine_precision(components["denoiser"], backend, "fp16") == "fp16"
-    with Pipeline.open(xl_half_bundle.folder, backend="ort", precision="fp16") as pipeline:
+    with Pipeline.open(xl_bundle.folder, backend="ort", precision="fp16") as pipeline:
         half = np.asarray(pipeline.generate(PROMPT, seed=11, num_inference_steps=4).images[0])
     assert half.std() > 5
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_half_is_close_to_full(
-    base: tuple[References, Pipeline], xl_half_bundle: Bundle, precision: str
-) -> None:
-    with Pipeline.open(xl_half_bundle.folder, backend="ort", precision=precision, threads=1) as pipeline:
+def test_half_is_close_to_full(base: tuple[References, Pipeline], xl_bundle: Bundle, precision: str) -> None:
+    with Pipeline.open(xl_bundle.folder, backend="ort", precision=precision, threads=1) as pipeline:
         assert (
             psnr(
                 pixels(base[1], "euler", num_inference_steps=5),
@@ -266,9 +264,9 @@ def test_half_is_close_to_full(
         )
 
 
-def test_no_operator_mixes_types(xl_half_bundle: Bundle) -> None:
+def test_no_operator_mixes_types(xl_bundle: Bundle) -> None:
     """The sinusoids of the sizes are float32, the text beside them must be too."""
-    path = xl_half_bundle.path(xl_half_bundle.component("denoiser").graph)
+    path = xl_bundle.path(xl_bundle.component("denoiser").graph)
     graph = onnx.shape_inference.infer_shapes(
         onnx.load(path, load_external_data=False), strict_mode=True
     ).graph

@@ -65,14 +65,16 @@ def picture_file(folder: Path, size: tuple[int, int] = (192, 128)) -> Path:
 
 
 def test_a_prompt_becomes_a_picture(page: Page, server: Running) -> None:
-    server.studio.seconds = SLOW
+    server.studio.seconds = 3 * SLOW
     page.paint("a red circle")
     shown = "return document.getElementById('preview').toDataURL()"
     until(lambda: page.shown("preview"))
     first = page.run(shown)
+    told = "return [document.getElementById('progress-text').textContent, document.title]"
+    progress, title = page.run(told)  # at once: later there may be none any more
+    assert progress.startswith("Step ")
+    assert "%" in title
     until(lambda: page.run(shown) != first)
-    assert page.text("progress-text").startswith("Step ")
-    assert "%" in page.browser.title
     page.painted()
     assert not page.shown("preview")
     assert not page.shown("progress-box")
