@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _write(options: argparse.Namespace, backend: str, command: str, uses: list[Use]) -> str:
     model = options.bundle.absolute().name
-    precision = options.precision or "its own precision"
+    precision = options.precision or "the precision that it takes by itself"
     title = f"{model} with {backend} in {precision}, one picture of {options.size} with guidance."
     columns = ["component", "reckoned", "resident", "of it mapped", "left after unload"]
     columns += ["seconds to load and run"]
