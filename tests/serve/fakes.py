@@ -22,7 +22,7 @@ SHAPES: Manifest = open_bundle(resolve("shapes")).manifest
 class FakeStudio:
     """As Studio, with a thread that paints the jobs one after the other.
 
-    `hold` makes it wait before every step, until `go` (or the job is cancelled); `fails` is what the next
+    `hold` makes it wait before a step, until `go` (or the job is cancelled); `fails` is what the next
     jobs fail with; `busy` is what orders are refused with; `seconds` is what a step takes.
     """
 
@@ -37,21 +37,23 @@ class FakeStudio:
         self.draining = False
         self.asked: list[Order] = []
         self._changed = threading.Condition()
-        self._held = False
+        self._held_after: int | None = None
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._ended: dict[str, Job] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def hold(self) -> None:
-        """Begin no further step."""
-        self._held = True
+    def hold(self, after: int = 0) -> None:
+        """Begin no step of a job but its first `after`."""
+        with self._changed:
+            self._held_after = after
+            self._changed.notify_all()
 
     def go(self) -> None:
         """Go on."""
         with self._changed:
-            self._held = False
+            self._held_after = None
             self._changed.notify_all()
 
     def start(self) -> None:
@@ -109,6 +111,9 @@ class FakeStudio:
             self._changed.notify_all()
         self._thread.join(timeout)
 
+    def _begins(self, step: int) -> bool:
+        return self._held_after is None or step <= self._held_after
+
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -143,7 +148,7 @@ class FakeStudio:
         job.update(state="running", position=None, steps=total)
         for step in range(1, steps + 1):
             with self._changed:
-                self._changed.wait_for(lambda: not self._held or job.cancelled or self._closed)
+                self._changed.wait_for(lambda step=step: self._begins(step) or job.cancelled or self._closed)
             if self._closed:
                 raise DrainingError("the server stopped before the picture was done: send it again")
             if job.cancelled:

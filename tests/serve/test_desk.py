@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +32,22 @@ def manifest() -> Manifest:
 @pytest.fixture
 def desk() -> Desk:
     return Desk(LIMITS)
+
+
+Later = Callable[[float], None]
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Later:
+    """later(seconds): the desk's clocks are so much ahead from now on."""
+
+    def shift(seconds: float) -> None:
+        ahead = SimpleNamespace(
+            time=lambda: time.time() + seconds, monotonic=lambda: time.monotonic() + seconds
+        )
+        monkeypatch.setattr("allaprima.serve.desk.time", ahead)
+
+    return shift
 
 
 @pytest.fixture
@@ -139,11 +157,11 @@ def test_random_seeds_are_drawn_at_the_door(order: Any) -> None:
     assert order().settings.seed != order().settings.seed
 
 
-def test_cancelled_and_late(desk: Desk, order: Any) -> None:
-    one, late, other = order(), order(deadline=0.01), order()
+def test_cancelled_and_late(desk: Desk, order: Any, later: Later) -> None:
+    one, late, other = order(), order(deadline=60), order()
     assert desk.interrupted() == ()
     one.cancel()
-    time.sleep(0.02)
+    later(61)
     found = desk.interrupted()
     assert [(job, type(reason)) for job, reason in found] == [(one, CancelledError), (late, DeadlineError)]
     for job, reason in found:
@@ -207,14 +225,14 @@ def test_drained(desk: Desk, order: Any) -> None:
     assert not desk.go_on(True)
 
 
-def test_ended_jobs_are_forgotten_in_time(order: Any, manifest: Manifest) -> None:
-    desk = Desk(replace(LIMITS, kept_seconds=0.05))
+def test_ended_jobs_are_forgotten_in_time(manifest: Manifest, later: Later) -> None:
+    desk = Desk(replace(LIMITS, kept_seconds=60))
     jobs = [desk.accept(Order(Request("a")), "shapes", manifest) for _ in range(3)]
     for job in jobs:
         desk.begin(job)
         desk.end(job, result())
     assert [desk.find(job.id) for job in jobs] == [None, jobs[1], jobs[2]]
-    time.sleep(0.06)
+    later(61)
     assert desk.find(jobs[2].id) is None
     assert desk.find("nobody") is None
 

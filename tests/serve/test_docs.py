@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from .conftest import Running
+from .conftest import Running, until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("python", "sh")}
@@ -33,13 +33,22 @@ def test_python(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(server: Running, tmp_path: Path) -> None:
-    server.studio.seconds = 0.02
+    server.studio.hold()
     (block,) = (each for each in BLOCKS["sh"] if "curl" in each)
     words = ["sh", "-e", "-c", block.replace(ADDRESS, server.url)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "event: preview" in done.stdout
-    assert "event: ended" in done.stdout
+    said = tmp_path / "said"
+    with (
+        said.open("wb") as output,
+        subprocess.Popen(words, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            until(lambda: "event: status" in said.read_text() or process.poll() is not None, 60)
+            server.studio.go()  # not before somebody listens
+            assert process.wait(60) == 0, said.read_text()
+        finally:
+            process.kill()
+    assert "event: preview" in said.read_text()
+    assert "event: ended" in said.read_text()
     with Image.open(tmp_path / "circle.png") as image:
         assert image.size == (128, 128)
     assert server.studio.asked[-1].request.image.size == (128, 128)

@@ -189,14 +189,22 @@ def test_uploads_that_are_too_much_together(serve: Serve) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as first:
         first.sendall(f"{HEAD}Content-Length: {2 * len(half) - 2}\r\n\r\n".encode() + half)
-        time.sleep(0.2)
-        answer = submit_raw(server.url, f"{HEAD}Content-Length: {len(half)}\r\n\r\n", half)
-        assert answer.startswith("HTTP/1.1 429")
-        assert "retry-after: 1" in answer
-    time.sleep(0.2)  # the first has left, and its bytes with it
-    with server.client() as client:
-        answer = client.post("/v1/images/generations", content=half, headers=JSON)
-    assert answer.status_code == 400
+        answers: list[str] = []
+        head = f"{HEAD}Connection: close\r\nContent-Length: {len(half)}\r\n\r\n"
+
+        def refused() -> bool:  # once the first's bytes have come
+            answers.append(submit_raw(server.url, head, half))
+            return answers[-1].startswith("HTTP/1.1 429")
+
+        until(refused)
+        assert "retry-after: 1" in answers[-1]
+
+    def taken() -> bool:  # once the first has left, and its bytes with it
+        with server.client() as client:
+            answer = client.post("/v1/images/generations", content=half, headers=JSON)
+        return answer.status_code == 400
+
+    until(taken)
 
 
 def test_a_body_after_the_answer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
