@@ -49,33 +49,44 @@ export class Queue {
     $("queue-note").textContent = all === 0
       ? "Nobody waits: a new painting begins at once."
       : others ? `And ${others} of other people.` : "";
-    const focused = document.activeElement?.dataset?.job;
-    $("queue-list").replaceChildren(...jobs.map((job) => this.#row(job)));
-    if (focused) {
-      const button = $("queue-list").querySelector(`[data-job="${CSS.escape(focused)}"]`);
-      (button ?? $("queue-close")).focus();
-    }
+    this.#list(jobs);
+  }
+
+  /** A job keeps its row, so that a button that is being pressed is still there when it is let go of. */
+  #list(jobs) {
+    const list = $("queue-list");
+    const focused = list.contains(document.activeElement) ? document.activeElement : null;
+    const rows = new Map([...list.children].map((row) => [row.dataset.job, row]));
+    const there = new Set(jobs.map((job) => job.id));
+    for (const [id, row] of rows) if (!there.has(id)) row.remove();
+    jobs.forEach((job, place) => {
+      const row = rows.get(job.id) ?? this.#row(job);
+      fill(row, job);
+      if (list.children[place] !== row) list.insertBefore(row, list.children[place] ?? null);
+    });
+    if (focused) (focused.isConnected ? focused : $("queue-close")).focus();
   }
 
   #row(job) {
     const row = document.createElement("li");
-    const pictures = job.images > 1 ? `, ${job.images} pictures` : "";
+    row.dataset.job = job.id;
     const text = make("div", {});
-    text.append(
-      make("p", { className: "title", textContent: job.prompt }),
-      make("p", {
-        className: "soft",
-        textContent: `${doing({ state: job.state, status: job })} · ${job.model}${pictures}`,
-      }),
-    );
+    text.append(make("p", { className: "title", textContent: job.prompt }), make("p", { className: "soft" }));
     const button = make("button", { type: "button", textContent: "Cancel" });
-    button.dataset.job = job.id;
     button.setAttribute("aria-label", `Cancel ${job.prompt}`);
     button.addEventListener("click", () => this.#cancel(job.id));
     row.append(text, button);
-    if (job.state === "running") row.append(make("progress", { max: 1, value: job.progress }));
     return row;
   }
+}
+
+/** What of a row changes while its job waits and runs. */
+function fill(row, job) {
+  const pictures = job.images > 1 ? `, ${job.images} pictures` : "";
+  row.querySelector(".soft").textContent = `${doing({ state: job.state, status: job })} · ${job.model}${pictures}`;
+  if (job.state !== "running") return;
+  if (!row.querySelector("progress")) row.append(make("progress", { max: 1 }));
+  row.querySelector("progress").value = job.progress;
 }
 
 function make(kind, properties) {

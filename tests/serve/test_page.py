@@ -20,8 +20,6 @@ from .browser import Page, launched, until
 from .conftest import LIMITS, Running, Serve, running
 from .fakes import FakeStudio
 
-SLOW = 0.03
-"""Seconds of a step, so that there is something to see."""
 NASTY = '<img src=x onerror="document.title=1"> & <b>bold</b>'
 
 
@@ -46,7 +44,6 @@ def page(browser: Chrome, server: Running) -> Iterator[Page]:
     page.open()
     page.wait_ready()
     yield page
-    server.studio.seconds = 0.0
     assert page.complaints() == []
 
 
@@ -58,6 +55,13 @@ def last_order(server: Running) -> Order:
     return server.studio.asked[-1]
 
 
+def paint_steps(page: Page, server: Running, first: int, last: int) -> None:
+    """One after the other, so that the page hears of each: it listens after it has asked for the picture."""
+    for step in range(first, last + 1):
+        server.studio.hold(after=step)
+        until(lambda step=step: page.text("progress-text") == f"Step {step} of 20")
+
+
 def picture_file(folder: Path, size: tuple[int, int] = (192, 128)) -> Path:
     path = folder / "a picture.png"
     Image.new("RGB", size, "orange").save(path)
@@ -65,16 +69,16 @@ def picture_file(folder: Path, size: tuple[int, int] = (192, 128)) -> Path:
 
 
 def test_a_prompt_becomes_a_picture(page: Page, server: Running) -> None:
-    server.studio.seconds = 3 * SLOW
+    server.studio.hold()
     page.paint("a red circle")
     shown = "return document.getElementById('preview').toDataURL()"
+    paint_steps(page, server, 1, 5)
     until(lambda: page.shown("preview"))
+    assert page.browser.title.startswith("25 %")
     first = page.run(shown)
-    told = "return [document.getElementById('progress-text').textContent, document.title]"
-    progress, title = page.run(told)  # at once: later there may be none any more
-    assert progress.startswith("Step ")
-    assert "%" in title
+    paint_steps(page, server, 6, 7)
     until(lambda: page.run(shown) != first)
+    server.studio.go()
     page.painted()
     assert not page.shown("preview")
     assert not page.shown("progress-box")
@@ -257,7 +261,6 @@ def test_a_picture_is_downloaded_with_its_parameters(page: Page, tmp_path: Path)
 
 
 def test_the_keyboard_is_enough(page: Page, server: Running) -> None:
-    server.studio.seconds = SLOW
     keys = ActionChains(page.browser)
     page.run("document.body.focus()")
     keys.send_keys(Keys.TAB).perform()
@@ -386,8 +389,12 @@ def test_the_queue_shows_what_waits(page: Page, server: Running) -> None:
     rows = [row.text for row in page.all("#queue-list li")]
     assert [row.splitlines()[0] for row in rows] == ["the first", "the second", "the third"]
     assert "Next in the queue · shapes" in rows[1]
-    page.all("#queue-list button")[0].click()
+    ActionChains(page.browser).click_and_hold(page.all("#queue-list button")[0]).perform()
+    server.studio.hold(after=3)
+    until(lambda: "Step 3 of 20" in page.text("queue-list"))  # it is drawn anew under the finger
+    ActionChains(page.browser).release().perform()
     until(lambda: len(page.all("#queue-list li")) == 2)
+    assert page.focused == "queue-close"
     assert page.text("queue-count") == "2"
     page.click("queue-close")
     server.studio.go()
@@ -517,9 +524,11 @@ def test_a_key_is_asked_for(browser: Chrome, serve: Serve) -> None:
     until(lambda: page.shown("key-dialog"))
     page.find("key").send_keys("anna" + Keys.ENTER)
     page.wait_ready()
-    server.studio.seconds = SLOW
+    server.studio.hold()
     page.paint("a red circle")
+    paint_steps(page, server, 1, 3)
     until(lambda: page.shown("preview"))
+    server.studio.go()
     page.painted()
     assert page.run("return Object.values(localStorage)") == []
     assert page.run("return sessionStorage.getItem('allaprima.key')") == "anna"
