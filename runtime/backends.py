@@ -253,13 +253,15 @@ def compile_engine(
 def engine_precision(component: Component, backend: str, precision: str | None) -> str:
     """What a component computes in with a backend that works here; None leaves it to the backend.
 
-    One whose values leave the range of fp16 keeps its own precision where fp16 is asked for.
+    One whose values leave the range of fp16 keeps its own precision where fp16 is asked for; a backend that
+    does not have that computes it in fp32.
     """
     info = _probe(backend)
-    able = info.precisions if info.converts else component.precisions
-    usual = next((each for each in info.precisions if each in able), component.precision)
-    chosen = _known_precision(precision) or usual
-    return component.precision if chosen == "fp16" and component.overflows_fp16 else chosen
+    able = [each for each in info.precisions if info.converts or each in component.precisions]
+    chosen = _known_precision(precision) or next(iter(able), component.precision)
+    if chosen != "fp16" or not component.overflows_fp16:
+        return chosen
+    return next((each for each in (component.precision, "fp32") if each in able), component.precision)
 
 
 def key_of(

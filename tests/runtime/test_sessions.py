@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime import Session, backends, choose, decide, open_session
+from allaprima.runtime.backends import BackendInfo, engine_precision
 from allaprima.runtime.memory import on_host
 from allaprima.runtime.sessions.fake import NumpySession
 from allaprima.runtime.sessions.openvino import compile_graph
@@ -250,6 +251,29 @@ def test_ort_takes_the_graph_in_float32(tmp_path: Path, stored: str) -> None:
         open_session(path, component, "ort", precision=stored)
     overflows = replace(component, precision="bf16", overflows_fp16=True)
     assert open_session(path, overflows, "ort", precision="fp16").precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("stored", "able", "converts", "chosen"),
+    [
+        ("bf16", ("bf16", "fp32", "fp16"), True, "bf16"),
+        ("bf16", ("fp32", "fp16"), True, "fp32"),
+        ("bf16", ("fp32",), True, "fp32"),
+        ("fp32", ("bf16", "fp32", "fp16"), True, "fp32"),
+        ("bf16", ("fp16", "bf16"), False, "bf16"),
+        ("bf16", ("fp32", "fp16"), False, "fp32"),
+        ("bf16", ("fp16",), False, "bf16"),  # none will do, and the session says so
+    ],
+)
+def test_what_overflows_is_not_computed_in_fp16(
+    monkeypatch: pytest.MonkeyPatch, stored: str, able: tuple[str, ...], converts: bool, chosen: str
+) -> None:
+    """Asked for fp16, on processors that have bf16 and on those that have not."""
+    info = BackendInfo("openvino", True, precisions=able, converts=converts)
+    monkeypatch.setattr(sys.modules["allaprima.runtime.backends"], "_probe", lambda _: info)
+    component = Component("a.onnx", stored, INPUTS, OUTPUTS, (), True, float32_graph="float32.onnx")
+    assert engine_precision(component, "openvino", "fp16") == chosen
+    assert engine_precision(replace(component, overflows_fp16=False), "openvino", "fp16") == "fp16"
 
 
 def test_engine_of_openvino(tmp_path: Path) -> None:
