@@ -80,8 +80,8 @@ class Component(Record):
     `graph` is its path in the bundle, `precision` that of its weights: "fp32", "fp16" or "bf16".
     `overflows_fp16`: its values leave the range of fp16, so it must be computed in another precision.
     `weights` is "int8" where those of matrix products are stored so, None where all are in `precision`.
-    `float32_graph`, beside `graph`, computes the same in float32 over the same weights, for processors
-    without 16-bit arithmetic; None where there is none. `weight_bytes`: how much it uses of a file of weights
+    `float32_graph`, beside `graph`, computes the same in float32 over the same weights, as ONNX Runtime does
+    it best on a CPU; None where there is none. `weight_bytes`: how much it uses of a file of weights
     that belongs to another component, None where the file is its own. `quantization` is there where not only
     weights are int8, but the arithmetic too; `parity` is then empty, since the torch module knows nothing of
     it.

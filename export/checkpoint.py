@@ -193,9 +193,8 @@ def _export_component(
     weights = family.weights(part)
     used = write_graph(plan, folder / graph, int8=weights == "int8")
     overflows = family.overflows(part)
-    wide = None if precision == "fp32" else _beside(graph)
-    if wide is not None:
-        write_widened(folder / graph, folder / wide, folded=not (overflows and part in family.texts))
+    wide = _beside(graph)
+    write_widened(folder / graph, folder / wide, folded=not (overflows and part in family.texts))
     gc.collect()
     stages.enter(f"{part}: check")
     trials = parity.reference(plan, _extents(family))

@@ -1,6 +1,6 @@
-"""Graphs in 16 bits as graphs in float32 over the same weights, for processors that compute in no less.
+"""Graphs as ONNX Runtime computes them best on a CPU: in float32, over the same weights.
 
-ONNX Runtime's CPU has no kernels for bf16, and few for fp16: it would cast back and forth around those.
+It has no kernels for bf16 there, and few for fp16: it would cast back and forth around those.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, external_data_helper, numpy_helper
 
 from allaprima.bundle import ExportError
+from allaprima.export.kernels import use_kernels
 from allaprima.export.reason import reason
 
 WIDE = "/float32"
@@ -59,10 +60,10 @@ def _cast(source: str, target: str) -> onnx.NodeProto:
 
 
 def write_widened(path: Path, target: Path, *, folded: bool) -> None:
-    """Write the graph `path` to `target`, beside it, as one that computes in float32.
+    """Write the graph `path` to `target`, beside it, as one that computes in float32 with `use_kernels`.
 
     Args:
-        path: a graph in fp16 or bf16.
+        path: a graph in any precision.
         target: the file to write, in the same folder, since both read the same weights.
         folded: weights are to be widened once, as the graph is loaded; else by each run, and only small ones
             are kept in float32, in `target` itself.
@@ -72,6 +73,7 @@ def write_widened(path: Path, target: Path, *, folded: bool) -> None:
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
+        use_kernels(model)
         graph = model.graph
         for tensor in () if folded else graph.initializer:
             if tensor.data_type in _NARROW and 2 * math.prod(tensor.dims) <= _SMALL:

@@ -58,10 +58,14 @@ def show_bytes(count: int) -> str:
 
 
 def stored(graph: Path, component: Component | None = None) -> int:
-    """Bytes of a graph with the files beside it, which hold its weights, or with what it uses of them."""
+    """Bytes of a graph with the files beside it, which hold its weights, or with what it uses of them.
+
+    Other graphs beside it, which read the same weights, do not count.
+    """
     if component is not None and component.weight_bytes is not None:
         return graph.stat().st_size + component.weight_bytes
-    return sum(path.stat().st_size for path in graph.parent.iterdir() if path.is_file())
+    files = (path for path in graph.parent.iterdir() if path.suffix != ".onnx" or path.name == graph.name)
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def activations(tensors: Mapping[str, Tensor], precision: str) -> int:

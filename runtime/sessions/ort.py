@@ -110,7 +110,7 @@ def _choose(graph: Path, component: Component, precision: str | None) -> str:
 
 def _graph(graph: Path, component: Component, precision: str) -> Path:
     """The one of a component's graphs that computes in this precision."""
-    if precision == component.precision or component.float32_graph is None:
+    if precision != "fp32" or component.float32_graph is None:
         return graph
     return graph.with_name(Path(component.float32_graph).name)
 
@@ -118,7 +118,8 @@ def _graph(graph: Path, component: Component, precision: str) -> Path:
 def _streams(component: Component) -> bool:
     """Whether each run widens the weights: those of a text encoder that overflows are most of the model."""
     text = any(spec.name == "input_ids" for spec in component.inputs)
-    return component.float32_graph is not None and component.overflows_fp16 and text
+    wide = component.float32_graph is not None and component.precision != "fp32"
+    return wide and component.overflows_fp16 and text
 
 
 def _spare_weights(options: Any, component: Component) -> None:

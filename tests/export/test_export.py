@@ -55,7 +55,11 @@ def test_the_bundle(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
     parts = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
     assert set(manifest.files) == {
         "tokenizer/tokenizer.json",
-        *(f"{part}/{file}" for part in parts for file in ("model.onnx", "weights.safetensors")),
+        *(
+            f"{part}/{file}"
+            for part in parts
+            for file in ("float32.onnx", "model.onnx", "weights.safetensors")
+        ),
     }
     text = (bundle.folder / "bundle.json").read_text()
     assert str(tiny_checkpoint.parent) not in text

@@ -244,8 +244,7 @@ def test_weights_are_stored_once(request: pytest.FixtureRequest, fixture: str) -
     bundle: Bundle = request.getfixturevalue(fixture)
     files = [path for path in bundle.manifest.files if path.startswith("denoiser")]
     graphs = ["deep.onnx", "model.onnx", "shallow.onnx"]
-    if bundle.manifest.precision == "fp16":
-        graphs += ["deep-float32.onnx", "float32.onnx", "shallow-float32.onnx"]
+    graphs += ["deep-float32.onnx", "float32.onnx", "shallow-float32.onnx"]
     assert sorted(files) == sorted(f"denoiser/{name}" for name in (*graphs, "weights.safetensors"))
     places: dict[str, dict[str, tuple[str, ...]]] = {}
     for role in ("denoiser", DEEP, SHALLOW):

@@ -7,7 +7,7 @@ import pytest
 
 from allaprima.bundle import BackendError, Component, EngineFile, TensorSpec
 from allaprima.runtime.backends import footprint
-from allaprima.runtime.footprint import Footprint, activations, parse_bytes, show_bytes
+from allaprima.runtime.footprint import Footprint, activations, parse_bytes, show_bytes, stored
 from allaprima.runtime.memory import on_host
 
 
@@ -39,6 +39,15 @@ def test_bytes_are_shown_so_that_they_are_enough(count: int, text: str) -> None:
 def test_what_is_no_number_of_bytes(text: object) -> None:
     with pytest.raises(BackendError, match="memory_limit is "):
         parse_bytes("memory_limit", text)  # type: ignore[arg-type]
+
+
+def test_graphs_share_weights(tmp_path: Path) -> None:
+    """Those beside a graph hold none; what it uses of another's weights is known from the manifest."""
+    for name, size in (("model.onnx", 10), ("float32.onnx", 7), ("weights.safetensors", 100), ("x.data", 5)):
+        (tmp_path / name).write_bytes(bytes(size))
+    component = Component("a/float32.onnx", "fp16", (), (), (), weight_bytes=30)
+    assert stored(tmp_path / "model.onnx") == 115
+    assert stored(tmp_path / "float32.onnx", component) == 37
 
 
 def test_activations_grow_with_the_picture_and_the_batch() -> None:

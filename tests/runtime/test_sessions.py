@@ -246,6 +246,8 @@ def test_ort_takes_the_graph_in_float32(tmp_path: Path, stored: str) -> None:
         buffers = make_buffers()
         opened.bind(on_host(buffers)).run()
         assert is_right(buffers)
+    opened = open_session(path, replace(component, precision="fp32"), "ort")  # ... also where it is not wider
+    opened.bind(on_host(make_buffers())).run()
     refused = {"fp16": "cannot load .*small.onnx", "bf16": "in fp32 on a CPU, not in bf16"}[stored]
     with pytest.raises(BackendError, match=refused):
         open_session(path, component, "ort", precision=stored)
