@@ -103,6 +103,11 @@ class Component(Record):
         """What there is a graph in: its own precision, and "fp32" where there is one of float32."""
         return tuple(dict.fromkeys((self.precision, *(() if self.float32_graph is None else ("fp32",)))))
 
+    @property
+    def widens(self) -> bool:
+        """Whether there is a graph that computes in more bits than the weights have."""
+        return self.float32_graph is not None and self.precision != "fp32"
+
 
 @dataclass(frozen=True)
 class Latent(Record):

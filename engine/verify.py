@@ -105,8 +105,7 @@ def open_reference(bundle: Bundle, name: str, backend: str) -> Session:
     Raises BackendError.
     """
     component = bundle.component(name)
-    narrow = component.precision != "fp32" and component.float32_graph is not None
-    wide = narrow and (component.overflows_fp16 or not compiles(backend))
+    wide = component.widens and (component.overflows_fp16 or not compiles(backend))
     if not compiles(backend):
         backend = "openvino" if component.precision == "bf16" else "ort"
     if wide and any(each.name == "ort" and each.available for each in backends()):

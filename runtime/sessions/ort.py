@@ -118,8 +118,7 @@ def _graph(graph: Path, component: Component, precision: str) -> Path:
 def _streams(component: Component) -> bool:
     """Whether each run widens the weights: those of a text encoder that overflows are most of the model."""
     text = any(spec.name == "input_ids" for spec in component.inputs)
-    wide = component.float32_graph is not None and component.precision != "fp32"
-    return wide and component.overflows_fp16 and text
+    return component.widens and component.overflows_fp16 and text
 
 
 def _spare_weights(options: Any, component: Component) -> None:
